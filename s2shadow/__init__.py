@@ -1,0 +1,30 @@
+"""Shadow stage-2 page tables for arm64 nested virtualization."""
+
+from importlib.metadata import version as _version
+
+from s2shadow.combine import Combined, combine
+from s2shadow.config import Stage2Config
+from s2shadow.constants import *  # noqa: F403
+from s2shadow.engine import (
+    FAULT_DTYPE,
+    HOST_LEAF_DTYPE,
+    HW_TLBI_DTYPE,
+    REVERSE_DTYPE,
+    SHADOW_DTYPE,
+    VCPU,
+    Context,
+    Fault,
+    HostStage2,
+    Invalidation,
+    InvariantError,
+    NestedVM,
+    Stats,
+    TlbiResult,
+)
+from s2shadow.features import Features
+from s2shadow.mapping import HostMapping, Linear
+from s2shadow.memory import GuestMemory, Region
+from s2shadow.tlbi import UndefinedInstruction
+from s2shadow.walker import LEAF_DTYPE, WALK_DTYPE, Walk, leaves, walk, walk_many
+
+__version__ = _version("s2shadow")

@@ -1,0 +1,155 @@
+# Arm VMSAv8-64 stage 2: register fields, granule geometry, descriptor fields, fault codes.
+# Pure inline functions; nothing here reads memory or keeps state.
+
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef enum:
+    ACCESS_READ = 1
+    ACCESS_WRITE = 2
+    ACCESS_EXEC = 4
+    ACCESS_EL0 = 8
+    ACCESS_PTW = 16
+    PERM_EXEC_EL0 = 32
+    PERM_ALL = 39               # READ | WRITE | EXEC | EXEC_EL0
+
+cdef enum:
+    FINAL_LEVEL = 3
+    LEVEL_STAGE2_OFF = -2       # guest level of a leaf made while L1's stage 2 was off
+
+cdef enum:
+    FSC_ADDRESS_SIZE = 0x00
+    FSC_TRANSLATION = 0x04
+    FSC_ACCESS_FLAG = 0x08
+    FSC_PERMISSION = 0x0C
+    FSC_EXTERNAL_ABORT = 0x10
+    FSC_WALK_ABORT = 0x14
+
+cdef enum:
+    DESC_TYPE_SHIFT = 0
+    DESC_MEMATTR_SHIFT = 2
+    DESC_S2AP_SHIFT = 6
+    DESC_SH_SHIFT = 8
+    DESC_XN_SHIFT = 53
+    DESC_TAG_SHIFT = 55         # software bits 57:55: guest level + 2
+
+cdef extern from *:
+    """
+    #define S2_DESC_VALID    (UINT64_C(1) << 0)
+    #define S2_DESC_TABLE    (UINT64_C(1) << 1)
+    #define S2_DESC_S2AP_R   (UINT64_C(1) << 6)
+    #define S2_DESC_S2AP_W   (UINT64_C(1) << 7)
+    #define S2_DESC_AF       (UINT64_C(1) << 10)
+    #define S2_DESC_NT       (UINT64_C(1) << 16)
+    #define S2_DESC_DBM      (UINT64_C(1) << 51)
+    #define S2_DESC_CONT     (UINT64_C(1) << 52)
+    #define S2_DESC_XN       (UINT64_C(3) << 53)
+    #define S2_DESC_TAG      (UINT64_C(7) << 55)
+    #define S2_DESC_HOST_W   (UINT64_C(1) << 58)
+    #define S2_OA_48         UINT64_C(0x0000fffffffff000)
+    """
+    const uint64_t DESC_VALID "S2_DESC_VALID"
+    const uint64_t DESC_TABLE "S2_DESC_TABLE"       # table below level 3, page at level 3
+    const uint64_t DESC_S2AP_R "S2_DESC_S2AP_R"
+    const uint64_t DESC_S2AP_W "S2_DESC_S2AP_W"
+    const uint64_t DESC_AF "S2_DESC_AF"
+    const uint64_t DESC_NT "S2_DESC_NT"
+    const uint64_t DESC_DBM "S2_DESC_DBM"
+    const uint64_t DESC_CONTIGUOUS "S2_DESC_CONT"
+    const uint64_t DESC_XN "S2_DESC_XN"
+    const uint64_t DESC_TAG "S2_DESC_TAG"
+    # Software bit of canonical leaves: the host grants W, also while dirty logging withholds S2AP[1].
+    const uint64_t DESC_HOST_W "S2_DESC_HOST_W"
+    const uint64_t OA_48 "S2_OA_48"
+
+
+cdef inline int level_shift(int granule_bits, int level) noexcept nogil:
+    """log2 of the span of one entry."""
+    return granule_bits + (granule_bits - 3) * (FINAL_LEVEL - level)
+
+
+cdef inline uint64_t level_span(int granule_bits, int level) noexcept nogil:
+    return (<uint64_t>1) << level_shift(granule_bits, level)
+
+
+cdef inline int contiguous_bits(int granule_bits, int level) noexcept nogil:
+    """log2 of the entries that the contiguous bit joins; 0 where it is ignored (Arm ARM, "Contiguous bit")."""
+    if granule_bits == 12:
+        return 4 if level >= 1 else 0
+    if granule_bits == 14:
+        return 7 if level == 3 else 5 if level == 2 else 0
+    return 5 if level >= 2 else 0
+
+
+cdef inline bint is_block_level(int granule_bits, int level, bint ds, bint lpa) noexcept nogil:
+    if level == 2:
+        return True
+    if granule_bits == 12:
+        return level == 1 or (level == 0 and ds)
+    if granule_bits == 14:
+        return level == 1 and ds
+    return level == 1 and lpa
+
+
+cdef inline uint8_t fault_code(int base, int level) noexcept nogil:
+    """FSC with the level folded in; level -1 has codes of its own (EncodeLDFSC)."""
+    if level >= 0:
+        return <uint8_t>(base + level)
+    if base == FSC_ADDRESS_SIZE:
+        return 0x29
+    if base == FSC_TRANSLATION:
+        return 0x2B
+    return 0x13
+
+
+cdef inline uint8_t s2ap_xn_to_perm(uint64_t desc, bint xnx) noexcept nogil:
+    """READ/WRITE/EXEC/EXEC_EL0 of a leaf; XN[0] is RES0 without FEAT_XNX."""
+    cdef uint8_t perm = <uint8_t>((desc >> DESC_S2AP_SHIFT) & 3)
+    cdef unsigned int xn = <unsigned int>((desc >> DESC_XN_SHIFT) & 3)
+    if not xnx:
+        xn &= 2
+    if xn == 0 or xn == 3:
+        perm |= ACCESS_EXEC
+    if xn == 0 or xn == 1:
+        perm |= PERM_EXEC_EL0
+    return perm
+
+
+cdef inline uint64_t perm_to_s2ap_xn(uint8_t perm, bint xnx) noexcept nogil:
+    """S2AP and XN bits; without FEAT_XNX execute needs both exception levels."""
+    cdef uint64_t bits = (<uint64_t>(perm & 3)) << DESC_S2AP_SHIFT
+    cdef uint64_t xn
+    cdef uint8_t execute = perm & (ACCESS_EXEC | PERM_EXEC_EL0)
+    if execute == (ACCESS_EXEC | PERM_EXEC_EL0):
+        xn = 0
+    elif execute == 0 or not xnx:
+        xn = 2
+    elif execute == PERM_EXEC_EL0:
+        xn = 1
+    else:
+        xn = 3
+    return bits | xn << DESC_XN_SHIFT
+
+
+cdef inline uint8_t required_perm(uint8_t access) noexcept nogil:
+    """The leaf permissions that an access needs, all at once."""
+    cdef uint8_t need = access & (ACCESS_READ | ACCESS_WRITE)
+    if access & ACCESS_EXEC:
+        need |= PERM_EXEC_EL0 if access & ACCESS_EL0 else ACCESS_EXEC
+    return need
+
+
+cdef inline bint memattr_is_device(uint8_t memattr, bint fwb) noexcept nogil:
+    if fwb:
+        return not memattr & 4
+    return not memattr & 0xC
+
+
+cdef inline uint64_t byteswap64(uint64_t value) noexcept nogil:
+    value = (value & 0x00FF00FF00FF00FFu) << 8 | (value >> 8) & 0x00FF00FF00FF00FFu
+    value = (value & 0x0000FFFF0000FFFFu) << 16 | (value >> 16) & 0x0000FFFF0000FFFFu
+    return value << 32 | value >> 32
+
+
+cdef inline uint64_t hpfar(uint64_t ipa) noexcept nogil:
+    """HPFAR_EL2.FIPA: IPA[55:12] in bits 47:4."""
+    return ((ipa >> 12) & 0xFFFFFFFFFFFu) << 4

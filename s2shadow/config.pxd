@@ -1,0 +1,60 @@
+# Stage-2 configuration: VTTBR_EL2, VTCR_EL2 and HCR_EL2 decoded once, so that a walk only reads fields.
+
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+ctypedef struct features_t:
+    uint8_t pa_bits
+    uint8_t granules            # bit 0: 4K, bit 1: 16K, bit 2: 64K
+    uint8_t hafdbs
+    uint8_t vmid16
+    uint8_t xnx
+    uint8_t fwb
+    uint8_t lpa2
+    uint8_t lpa
+    uint8_t ttst
+    uint8_t bbm
+    uint8_t s2pie
+    uint8_t host_granule_bits
+
+ctypedef struct s2_config_t:
+    uint64_t base               # of the start table, aligned to its size
+    uint64_t oa_mask            # address bits of a descriptor that are in place
+    uint64_t oa_high_mask       # address bits that move up by oa_high_shift (FEAT_LPA, FEAT_LPA2)
+    uint64_t walk_vtcr          # the VTCR bits that change a walk, others zero: part of the context key
+    uint64_t s2pir
+    uint16_t vmid
+    uint8_t oa_high_shift
+    uint8_t enabled             # HCR_EL2.VM or HCR_EL2.DC
+    uint8_t granule_bits
+    uint8_t ia_bits
+    uint8_t oa_bits
+    uint8_t pa_bits
+    int8_t start_level
+    uint8_t concatenated_bits   # log2 of the start tables side by side
+    uint8_t has_error
+    uint8_t error_fsc
+    uint8_t big_endian
+    uint8_t ha
+    uint8_t hd
+    uint8_t ds
+    uint8_t lpa
+    uint8_t sh0
+    uint8_t xnx
+    uint8_t fwb
+    uint8_t cd
+    uint8_t ptw
+    uint8_t bbm
+
+cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtcr, uint64_t hcr,
+                        bint big_endian, uint64_t s2pir, s2_config_t *config) noexcept nogil
+cdef uint16_t decode_vmid(const features_t *features, uint64_t vttbr, uint64_t vtcr) noexcept nogil
+cdef int fill_features(object features, features_t *out) except -1
+cdef str fault_text(uint8_t fsc)
+
+
+cdef class Stage2Config:
+    cdef s2_config_t c
+    cdef readonly object features
+    cdef readonly uint64_t vttbr
+    cdef readonly uint64_t vtcr
+    cdef readonly uint64_t hcr

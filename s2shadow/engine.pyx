@@ -1,0 +1,1174 @@
+"""``NestedVM``: the thin layer that checks arguments once and calls the engine without the GIL."""
+
+import dataclasses
+from collections import namedtuple
+
+import numpy as np
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from s2shadow.arch cimport (
+    DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, OA_48, PERM_ALL, level_shift,
+    level_span, s2ap_xn_to_perm,
+)
+from s2shadow.atomics cimport cas32, load64, store32
+from s2shadow.check cimport check_vm, finding_t
+from s2shadow.config cimport decode_config, decode_vmid, fill_features, s2_config_t
+from s2shadow.context cimport context_acquire, context_entries, context_release, context_table_bytes
+from s2shadow.dirty cimport dirty_destroy, dirty_reserve
+from s2shadow.fault cimport STEP_DONE, STEP_POPULATE, fault_run, step_t, translate_one
+from s2shadow.host cimport (
+    change_t, changed_since, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
+    populate_block,
+)
+from s2shadow.leaf cimport shadow_cipa
+from s2shadow.maintenance cimport SCOPE_ALL, SCOPE_IPA, SCOPE_VMID, apply_maintenance, maintenance_t
+from s2shadow.memory cimport GuestMemory, mem_view_t
+from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_destroy, owed_init, owed_take
+from s2shadow.rmap cimport link_next, node_t, rmap_destroy, rmap_find, rmap_init
+from s2shadow.table cimport (
+    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, arena_t, child_page, is_table, next_leaf, page_cost, page_of, page_t,
+    reserve_root, slot_ipa, table_find, table_init, table_t,
+)
+from s2shadow.vm cimport (
+    FAULT_CHUNK, KIND_HOST_FAULT, KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE,
+    TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, lock_exclusive, lock_shared,
+    range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+)
+from s2shadow.vmem cimport release, reserve
+
+from s2shadow.check import RULES
+from s2shadow.config import Stage2Config
+from s2shadow.constants import HCR_FWB, HCR_VM, Access, Kind, perm_text, size_text
+from s2shadow.features import Features
+from s2shadow.mapping import HostMapping, Linear, memattr_code, perm_mask
+from s2shadow.tlbi import find_operation, has_level_hint, ipa_operand
+from s2shadow.walker import as_addresses, as_masks, as_output, leaves as table_leaves
+
+FAULT_DTYPE = np.dtype([("kind", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("context", "u2"),
+                        ("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("hpfar", "u8")], align=True)
+SHADOW_DTYPE = np.dtype([("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("desc", "u8"), ("perm", "u1"),
+                         ("memattr", "u1"), ("sh", "u1"), ("young", "u1"), ("level", "i1"), ("guest_level", "i1")], align=True)
+REVERSE_DTYPE = np.dtype([("ipa", "u8"), ("size", "u8"), ("context", "u2")], align=True)
+HOST_LEAF_DTYPE = np.dtype([("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("perm", "u1"), ("memattr", "u1")], align=True)
+HW_TLBI_DTYPE = np.dtype([("seq", "u8"), ("op", "u1"), ("host_vmid", "u2"), ("start", "u8"), ("end", "u8"),
+                          ("level", "i1"), ("asid", "u2"), ("last_level", "u1")], align=True)
+
+ctypedef struct shadow_t:
+    uint64_t ipa
+    uint64_t cipa
+    uint64_t pa
+    uint64_t size
+    uint64_t desc
+    uint8_t perm
+    uint8_t memattr
+    uint8_t sh
+    uint8_t young
+    int8_t level
+    int8_t guest_level
+
+assert FAULT_DTYPE.itemsize == sizeof(fault_t) and HW_TLBI_DTYPE.itemsize == sizeof(hw_tlbi_t)
+assert SHADOW_DTYPE.itemsize == sizeof(shadow_t)
+
+cdef enum:
+    SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
+    POPULATE_TRIES = 16                 # a populate that undoes itself ends in RETRY
+
+ARENA_BYTES = 1 << 34                 # 2^31 slots of 8 bytes
+TEARDOWNS = {"reverse-map": TEARDOWN_REVERSE_MAP, "blow-away": TEARDOWN_BLOW_AWAY, "blow-away-lean": TEARDOWN_BLOW_AWAY_LEAN}
+
+
+class InvariantError(AssertionError):
+    """``NestedVM.check`` found a broken invariant."""
+
+
+class Invalidation(namedtuple("Invalidation", "leaves ticket")):
+    """Shadow leaves that a host change dropped, and its number: the host page may be reused once every row of
+    ``take_tlbis()`` with ``seq`` up to ``ticket`` has been applied."""
+
+    __slots__ = ()
+
+
+class TlbiResult(namedtuple("TlbiResult", "name removed required contexts")):
+    """What one TLBI did: leaves removed, leaves that had to go, contexts that it named."""
+
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """One shadow context as it is now; ``vmid``, ``vttbr`` and ``vtcr`` are L1's, the ``host_`` fields L0's."""
+
+    index: int
+    vmid: int
+    vttbr: int
+    vtcr: int
+    enabled: bool
+    host_vmid: int
+    host_vttbr: int
+    host_vtcr: int
+    host_hcr: int
+    entries: int
+    table_bytes: int
+    refs: int
+
+    def __repr__(self):
+        return f"Context(index={self.index}, vmid={self.vmid}, enabled={self.enabled}, entries={self.entries})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters of a ``NestedVM`` since it was made, and what it holds now (``live``, ``host_leaves``, ``*_bytes``)."""
+
+    faults: int
+    hits: int
+    mapped: int
+    l1_faults: int
+    host_faults: int
+    mmio: int
+    retries: int
+    no_memory: int
+    installed: int
+    removed: int
+    relaxed: int
+    replaced: int
+    narrowed: int
+    live: int
+    invalidations: int
+    kernel_steps: int
+    contexts_recycled: int
+    evictions: int
+    host_leaves: int
+    table_bytes: int
+    link_bytes: int
+    rmap_bytes: int
+    memory_bytes: int
+
+    @property
+    def reverse_map_bytes_per_entry(self):
+        """Heads, links and radix nodes for each live leaf; 0 where there is none."""
+        return (self.link_bytes + self.rmap_bytes) / self.live if self.live else 0.0
+
+
+cdef uint64_t as_u64(object value, str name) except? 0:
+    try:
+        return value
+    except OverflowError:
+        raise ValueError(f"{name} must be between 0 and 2^64 - 1, got {value}") from None
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
+
+
+cdef class _Engine:
+    """Owner of one ``vm_t``; what ``NestedVM``, its vCPUs and its host table share."""
+
+    cdef vm_t vm
+    cdef GuestMemory mem
+    cdef mem_view_t view            # of check() and the host side, under the exclusive lock
+    cdef readonly object features
+    cdef object policy              # Linear, callable or None
+    cdef bint pinned
+
+    def __cinit__(self, GuestMemory mem not None, uint32_t vcpus, uint32_t contexts, features, teardown, bint ignore_attributes,
+                  uint64_t max_bytes, uint64_t table_base, bint track):
+        cdef uint32_t i
+        self.mem = mem
+        self.features = features
+        memset(&self.vm, 0, sizeof(vm_t))
+        rwlock_init(&self.vm.lock)
+        fill_features(features, &self.vm.features)
+        self.vm.teardown = teardown
+        self.vm.ignore_guest_attributes = ignore_attributes
+        self.vm.context_count = contexts
+        self.vm.vcpu_count = vcpus
+        if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, table_base,
+                          <uint64_t>1 << self.vm.features.pa_bits, max_bytes):
+            raise MemoryError("cannot reserve address space for the table arena")
+        self.vm.arena.keeps_links = self.vm.teardown == TEARDOWN_REVERSE_MAP
+        self.vm.contexts = <context_t *>calloc(contexts, sizeof(context_t))
+        self.vm.vcpus = <vcpu_t *>calloc(vcpus, sizeof(vcpu_t))
+        if (self.vm.contexts == NULL or self.vm.vcpus == NULL
+                or not rmap_init(&self.vm.rmap, &self.vm.arena, self.vm.features.pa_bits)
+                or not owed_init(&self.vm.owed, contexts, track)):
+            raise MemoryError("cannot set up the engine")
+        table_init(&self.vm.arena, &self.vm.canonical, reserve_root(&self.vm.arena), CANONICAL, self.vm.features.pa_bits)
+        for i in range(contexts):
+            self.vm.contexts[i].shadow.root = reserve_root(&self.vm.arena)
+            if not self.vm.contexts[i].shadow.root:
+                raise MemoryError(f"no room for the roots of {contexts} contexts")
+        for i in range(vcpus):
+            self.vm.vcpus[i].context = NO_CONTEXT
+        self.vm.dirty.input_bits = self.vm.features.pa_bits
+        self.vm.dirty.page_bits = self.vm.features.host_granule_bits
+        mem.pin(&self.view)
+        self.pinned = True
+
+    def __dealloc__(self):
+        if self.pinned:
+            self.mem.unpin()
+        dirty_destroy(&self.vm.dirty)
+        owed_destroy(&self.vm.owed)
+        rmap_destroy(&self.vm.rmap)
+        arena_destroy(&self.vm.arena)
+        free(self.vm.contexts)
+        free(self.vm.vcpus)
+        rwlock_destroy(&self.vm.lock)
+
+    cdef uint64_t page_size(self):
+        return <uint64_t>1 << self.vm.arena.granule_bits
+
+    cdef int check_range(self, uint64_t start, uint64_t end) except -1:
+        cdef uint64_t page = self.page_size()
+        if start & (page - 1):
+            raise ValueError(f"start {start:#x} is not aligned to the host page ({page})")
+        if end & (page - 1):
+            raise ValueError(f"end {end:#x} is not aligned to the host page ({page})")
+        if start > end:
+            raise ValueError(f"start {start:#x} is above end {end:#x}")
+        if end > <uint64_t>1 << self.vm.features.pa_bits:
+            raise ValueError(f"end {end:#x} is beyond pa_bits={self.vm.features.pa_bits}")
+        return 0
+
+    cdef object ram_within(self, uint64_t start, uint64_t end):
+        """The parts of [start, end) that are RAM: range_t pairs as uint64[n, 2]."""
+        parts = [(max(start, r.start), min(end, r.start + r.size)) for r in self.mem.regions
+                 if not r.device and r.start < end and start < r.start + r.size]
+        return np.array(parts, dtype=np.uint64).reshape(-1, 2)
+
+    def set_populate(self, policy):
+        if isinstance(policy, str):
+            if policy != "linear":
+                raise ValueError(f"populate must be None, a Linear, a callable or 'linear', got {policy!r}")
+            policy = Linear()
+        if policy is None:
+            self.vm.populate = POPULATE_NONE
+        elif isinstance(policy, Linear):
+            self.vm.linear_offset = policy.offset
+            self.vm.linear_fresh = policy.fresh
+            self.vm.linear_level = self.level_of_block(policy.max_block)
+            self.vm.populate = POPULATE_LINEAR
+        elif callable(policy):
+            self.vm.populate = POPULATE_CALLABLE
+        else:
+            raise TypeError(f"populate must be None, a Linear, a callable or 'linear', got {type(policy).__name__}")
+        self.policy = policy
+
+    def get_populate(self):
+        return self.policy
+
+    cdef int level_of_block(self, uint64_t size) except -9:
+        """Level of the largest host leaf not above ``size``."""
+        cdef int bits = self.vm.arena.granule_bits
+        if size < self.page_size():
+            raise ValueError(f"block size {size} is below the host page ({self.page_size()})")
+        if bits == 12 and size >= level_span(bits, 1):
+            return 1
+        return 2 if size >= level_span(bits, 2) else 3
+
+    cdef int fill_attrs(self, object perm, object memattr, host_attrs_t *attrs) except -1:
+        attrs.perm = perm_mask(perm)
+        if not self.vm.features.xnx and attrs.perm & 36 != 36:
+            attrs.perm &= 3
+        attrs.memattr = memattr_code(memattr, self.vm.features.fwb)
+        attrs.sh = 3
+        attrs.young = 1
+        return 0
+
+    def map(self, uint64_t cipa, uint64_t pa, uint64_t size, perm, memattr):
+        cdef host_attrs_t attrs
+        cdef change_t change
+        cdef bint mapped
+        cdef uint64_t limit = <uint64_t>1 << self.vm.features.pa_bits
+        if size == 0:
+            raise ValueError("size must be positive, got 0")
+        if size & (self.page_size() - 1):
+            raise ValueError(f"size {size:#x} is not a multiple of the host page ({self.page_size()})")
+        if cipa & (self.page_size() - 1):
+            raise ValueError(f"cipa {cipa:#x} is not aligned to the host page ({self.page_size()})")
+        if pa & (self.page_size() - 1):
+            raise ValueError(f"pa {pa:#x} is not aligned to the host page ({self.page_size()})")
+        if size > limit or cipa > limit - size:
+            raise ValueError(f"[{cipa:#x}, {cipa + size:#x}) is beyond pa_bits={self.vm.features.pa_bits}")
+        if pa > limit - size:
+            raise ValueError(f"pa {pa:#x} with size {size:#x} is beyond pa_bits={self.vm.features.pa_bits}")
+        self.fill_attrs(perm, memattr, &attrs)
+        with nogil:
+            mapped = host_map(&self.vm, cipa, pa, size, &attrs, ~<uint64_t>0, &change)
+        if not mapped:
+            raise MemoryError(f"no room for the tables of {size:#x} bytes at {cipa:#x}")
+        return Invalidation(change.dropped, change.ticket)
+
+    def load(self, addresses, pages, uint64_t vttbr, uint64_t vtcr):
+        cdef host_attrs_t attrs
+        cdef change_t change
+        cdef uint64_t dropped = 0, cipa, pa, size
+        cdef bint mapped
+        leaf_rows = self.captured_leaves(addresses, pages, vttbr, vtcr)
+        for row in leaf_rows:
+            cipa, pa, size = row["ipa"], row["pa"], row["size"]
+            if (cipa + size) >> self.vm.features.pa_bits and cipa + size != 1 << self.vm.features.pa_bits:
+                raise ValueError(f"captured leaf at {cipa:#x} is beyond pa_bits={self.vm.features.pa_bits}")
+            if size > level_span(self.vm.arena.granule_bits, 1 if self.vm.arena.granule_bits == 12 else 2):
+                raise ValueError(f"captured leaf of {size:#x} bytes at {cipa:#x} is larger than the host's blocks")
+        change.ticket = self.vm.owed.seq
+        for row in leaf_rows:
+            cipa, pa, size = row["ipa"], row["pa"], row["size"]
+            attrs.perm = row["perm"]
+            attrs.memattr = row["memattr"]
+            attrs.sh = row["sh"]
+            attrs.young = int(row["desc"]) >> 10 & 1
+            with nogil:
+                mapped = host_map(&self.vm, cipa, pa, size, &attrs, size, &change)
+            if not mapped:
+                raise MemoryError(f"no room for the tables of the captured leaf at {cipa:#x}")
+            dropped += change.dropped
+        return Invalidation(dropped, change.ticket)
+
+    def captured_leaves(self, addresses, pages, vttbr, vtcr):
+        """The leaves of a captured host table, read through a memory that holds only its pages."""
+        granule = self.page_size()
+        addresses = np.ascontiguousarray(addresses, dtype=np.uint64)
+        pages = np.ascontiguousarray(pages, dtype=np.uint8)
+        if pages.ndim != 2 or addresses.ndim != 1 or len(addresses) != len(pages):
+            raise ValueError(f"addresses must be uint64[N] and pages uint8[N, page], got {addresses.shape} and {pages.shape}")
+        config = Stage2Config(vttbr, vtcr, self.features, hcr=HCR_VM | (HCR_FWB if self.features.fwb else 0))
+        if config.error:
+            raise ValueError(f"vtcr {vtcr:#x} and vttbr {vttbr:#x} make no host table: {config.error}")
+        if config.granule != granule:
+            raise ValueError(f"vtcr {vtcr:#x} has a granule of {config.granule}, the host's is {granule}")
+        mem = GuestMemory()
+        for address, page in zip(addresses.tolist(), pages):
+            mem.add(address, buffer=page)
+        return table_leaves(mem, config)
+
+    def protect(self, uint64_t start, uint64_t end, perm):
+        cdef host_attrs_t attrs
+        cdef change_t change
+        self.check_range(start, end)
+        self.fill_attrs(perm, 0, &attrs)
+        with nogil:
+            host_protect(&self.vm, start, end, attrs.perm, &change)
+        return Invalidation(change.dropped, change.ticket)
+
+    def unmap(self, uint64_t start, uint64_t end, partial):
+        cdef change_t change
+        cdef bint drop_partial
+        self.check_range(start, end)
+        if partial is None:
+            drop_partial = self.vm.teardown != TEARDOWN_REVERSE_MAP
+        elif partial in ("split", "drop"):
+            drop_partial = partial == "drop"
+        else:
+            raise ValueError(f"partial must be 'split', 'drop' or None, got {partial!r}")
+        if start == end:
+            return Invalidation(0, self.vm.owed.seq)
+        with nogil:
+            host_unmap(&self.vm, start, end, drop_partial, &change)
+        return Invalidation(change.dropped, change.ticket)
+
+    def log_dirty(self, uint64_t start, uint64_t end, bint on):
+        cdef change_t change
+        cdef uint64_t[:, ::1] ranges
+        cdef uint32_t count
+        cdef bint reserved = True
+        self.check_range(start, end)
+        ranges = self.ram_within(start, end)
+        count = ranges.shape[0]
+        if not count:
+            return Invalidation(0, self.vm.owed.seq)
+        with nogil:
+            lock_exclusive(&self.vm.lock)
+            reserved = dirty_reserve(&self.vm.dirty)
+            unlock(&self.vm.lock)
+        if not reserved:
+            raise MemoryError("cannot reserve address space for the dirty log")
+        with nogil:
+            host_log(&self.vm, <const range_t *>&ranges[0, 0], count, on, &change)
+        return Invalidation(change.dropped, change.ticket)
+
+    cdef object new_bitmap(self, uint64_t start, uint64_t end):
+        return np.zeros(((end - start >> self.vm.arena.granule_bits) + 7) // 8, dtype=np.uint8)
+
+    def dirty_log(self, uint64_t start, uint64_t end):
+        cdef uint64_t[:, ::1] ranges
+        cdef uint8_t[::1] bits
+        cdef uint32_t count
+        self.check_range(start, end)
+        bitmap = self.new_bitmap(start, end)
+        ranges = self.ram_within(start, end)
+        count = ranges.shape[0]
+        if count and self.vm.dirty.active:
+            bits = bitmap
+            with nogil:
+                host_dirty_log(&self.vm, <const range_t *>&ranges[0, 0], count, start, &bits[0])
+        return bitmap
+
+    def age(self, uint64_t start, uint64_t end, bint clear):
+        cdef uint8_t[::1] bits
+        self.check_range(start, end)
+        bitmap = self.new_bitmap(start, end)
+        if start < end:
+            bits = bitmap
+            with nogil:
+                host_age(&self.vm, start, end, clear, &bits[0])
+        return bitmap
+
+    def host_leaves(self):
+        cdef uint64_t at = 0, end = <uint64_t>1 << self.vm.features.pa_bits, desc, span
+        cdef int level = 0
+        cdef uint32_t slot
+        rows = []
+        with nogil:
+            lock_shared(&self.vm.lock)
+        try:
+            while True:
+                slot = next_leaf(&self.vm.arena, &self.vm.canonical, &at, end, &level)
+                if not slot:
+                    break
+                desc = load64(self.vm.arena.words + slot)
+                span = level_span(self.vm.arena.granule_bits, level)
+                rows.append((at, desc & OA_48 & ~(span - 1), span, s2ap_xn_to_perm(desc, True), desc >> DESC_MEMATTR_SHIFT & 0xF))
+                at += span
+        finally:
+            unlock(&self.vm.lock)
+        return np.array(rows, dtype=HOST_LEAF_DTYPE)
+
+    cdef object context_row(self, uint32_t index):
+        """A ``Context``; some side of the lock is held."""
+        cdef context_t *c = &self.vm.contexts[index]
+        host_vmid = index + FIRST_CONTEXT_VMID
+        return Context(index, c.config.vmid, c.vttbr, c.vtcr, bool(c.config.enabled), host_vmid,
+                       self.vttbr_of(&c.shadow, host_vmid), self.vtcr_of(&c.shadow),
+                       HCR_VM | (HCR_FWB if self.vm.features.fwb else 0),
+                       context_entries(&self.vm, c), context_table_bytes(&self.vm, c), c.refs)
+
+    cdef object vttbr_of(self, const table_t *table, host_vmid):
+        return self.vm.arena.table_base + (<uint64_t>table.root << self.vm.arena.granule_bits) | host_vmid << 48
+
+    cdef object vtcr_of(self, const table_t *table):
+        """VTCR_EL2 under which another walker reads our tables: no hardware updates, inner shareable, write-back."""
+        cdef int bits = self.vm.arena.granule_bits
+        tg0 = {12: 0, 14: 2, 16: 1}[bits]
+        sl0 = 2 - table.start_level if bits == 12 else 3 - table.start_level
+        ps = {32: 0, 36: 1, 40: 2, 42: 3, 44: 4, 48: 5}[self.vm.features.pa_bits]
+        return (64 - table.ia_bits | sl0 << 6 | 1 << 8 | 1 << 10 | 3 << 12 | tg0 << 14 | ps << 16
+                | self.vm.features.vmid16 << 19 | 1 << 31)
+
+    def contexts(self):
+        cdef uint32_t i
+        with nogil:
+            lock_shared(&self.vm.lock)
+        try:
+            return tuple([self.context_row(i) for i in range(self.vm.context_count) if self.vm.contexts[i].valid])
+        finally:
+            unlock(&self.vm.lock)
+
+    cdef context_t *context_at(self, object index) except NULL:
+        cdef int64_t i = index
+        if not 0 <= i < self.vm.context_count or not self.vm.contexts[i].valid:
+            raise ValueError(f"no context with index {index}")
+        return &self.vm.contexts[i]
+
+    def shadow(self, index):
+        cdef context_t *context
+        cdef uint64_t n = 0, at = 0, span, end
+        cdef uint64_t *deep = NULL
+        cdef size_t deep_size = (<size_t>self.vm.arena.page_limit << self.vm.arena.slot_bits) * 8
+        cdef uint8_t[::1] raw
+        cdef shadow_t *row
+        cdef uint32_t slot
+        cdef int level = 0
+        with nogil:
+            lock_shared(&self.vm.lock)
+        try:
+            context = self.context_at(index)
+            out = np.zeros(context_entries(&self.vm, context), dtype=SHADOW_DTYPE)
+            if not len(out):
+                return out
+            raw = out.view(np.uint8)
+            end = <uint64_t>1 << context.shadow.ia_bits
+            while n < <uint64_t>len(out):
+                slot = next_leaf(&self.vm.arena, &context.shadow, &at, end, &level)
+                if not slot:
+                    break
+                row = <shadow_t *>&raw[0] + n
+                self.describe(slot, level, at, row)
+                if not shadow_cipa(&self.vm, slot, &row.cipa):
+                    if deep == NULL:
+                        deep = <uint64_t *>reserve(deep_size)
+                        if deep == NULL:
+                            raise MemoryError("cannot reserve address space to list long aliases")
+                        self.note_cipas(self.vm.rmap.root, deep)
+                    row.cipa = deep[slot]
+                at += row.size
+                n += 1
+            return out[:n]
+        finally:
+            unlock(&self.vm.lock)
+            release(deep, deep_size)
+
+    cdef void describe(self, uint32_t slot, int level, uint64_t ipa, shadow_t *row) noexcept nogil:
+        cdef uint64_t desc = load64(self.vm.arena.words + slot)
+        row.ipa = ipa
+        row.size = level_span(self.vm.arena.granule_bits, level)
+        row.pa = desc & OA_48 & ~(row.size - 1)
+        row.desc = desc
+        row.perm = s2ap_xn_to_perm(desc, True)
+        row.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
+        row.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+        row.young = (desc & DESC_AF) != 0
+        row.level = <int8_t>level
+        row.guest_level = <int8_t>(<int>read_tag(desc) + LEVEL_STAGE2_OFF)
+
+    cdef void note_cipas(self, uint32_t node, uint64_t *cipas) noexcept nogil:
+        """By slot, the cIPA of every leaf of the reverse map: for lists too long to climb leaf by leaf."""
+        cdef node_t *meta = &self.vm.rmap.nodes[node]
+        cdef int shift = level_shift(self.vm.arena.granule_bits, meta.level)
+        cdef uint64_t i
+        cdef uint32_t name, slot
+        for i in range(<uint64_t>1 << self.vm.arena.slot_bits):
+            name = <uint32_t>((<uint64_t>node << self.vm.arena.slot_bits) + i)
+            slot = self.vm.rmap.heads[name]
+            while slot:
+                cipas[slot] = meta.cipa + (i << shift)
+                slot = link_next(&self.vm.arena, slot)[0]
+            if meta.level < FINAL_LEVEL and self.vm.rmap.children[name]:
+                self.note_cipas(self.vm.rmap.children[name], cipas)
+
+    def reverse(self, uint64_t cipa):
+        cdef int level
+        cdef uint32_t head, slot
+        rows = []
+        if cipa >> self.vm.features.pa_bits:
+            raise ValueError(f"cipa {cipa:#x} is beyond pa_bits={self.vm.features.pa_bits}")
+        if self.vm.teardown != TEARDOWN_REVERSE_MAP:
+            return self.reverse_by_scan(cipa)
+        with nogil:
+            lock_shared(&self.vm.lock)
+        try:
+            for level in range(self.vm.rmap.nodes[self.vm.rmap.root].level, FINAL_LEVEL + 1):
+                head = rmap_find(&self.vm.rmap, cipa, level)
+                slot = self.vm.rmap.heads[head] if head else 0
+                while slot:
+                    rows.append((slot_ipa(&self.vm.arena, slot), level_span(self.vm.arena.granule_bits, level),
+                                 self.vm.arena.pages[page_of(&self.vm.arena, slot)].context))
+                    slot = link_next(&self.vm.arena, slot)[0]
+        finally:
+            unlock(&self.vm.lock)
+        out = np.array(rows, dtype=REVERSE_DTYPE)
+        return out[np.lexsort((out["ipa"], out["context"]))]
+
+    def reverse_by_scan(self, cipa):
+        found = []
+        for context in self.contexts():
+            rows = self.shadow(context.index)
+            rows = rows[(rows["cipa"] <= cipa) & (cipa < rows["cipa"] + rows["size"])]
+            found += [(row["ipa"], row["size"], context.index) for row in rows]
+        return np.array(found, dtype=REVERSE_DTYPE)
+
+    cdef int collect_pages(self, uint32_t page, list into) except -1:
+        cdef const page_t *meta = &self.vm.arena.pages[page]
+        cdef uint64_t i, desc
+        into.append(page)
+        if meta.level == FINAL_LEVEL or not meta.live:
+            return 0
+        for i in range(<uint64_t>1 << self.vm.arena.slot_bits):
+            desc = load64(self.vm.arena.words + ((<uint64_t>page << self.vm.arena.slot_bits) + i))
+            if is_table(desc, meta.level):
+                self.collect_pages(child_page(&self.vm.arena, desc), into)
+        return 0
+
+    def tables(self, index):
+        cdef table_t *table
+        cdef uint32_t i
+        cdef uint8_t[:, ::1] view
+        cdef uint64_t granule = self.page_size()
+        pages = []
+        with nogil:
+            lock_exclusive(&self.vm.lock)
+        try:
+            table = &self.vm.canonical if index is None else &self.context_at(index).shadow
+            for i in range(<uint32_t>1 << table.concatenated_bits):
+                self.collect_pages(table.root + i, pages)
+            out = np.empty((len(pages), granule), dtype=np.uint8)
+            view = out
+            for i in range(len(pages)):
+                memcpy(&view[i, 0], self.vm.arena.words + (<uint64_t>pages[i] << self.vm.arena.slot_bits), granule)
+            return np.array(pages, dtype=np.uint64) * granule + self.vm.arena.table_base, out
+        finally:
+            unlock(&self.vm.lock)
+
+    def take_tlbis(self, limit):
+        cdef uint32_t taken, wanted
+        cdef uint8_t[::1] raw
+        wanted = self.vm.owed.capacity if limit is None else min(limit, self.vm.owed.capacity)
+        out = np.zeros(max(wanted, 1), dtype=HW_TLBI_DTYPE)
+        raw = out.view(np.uint8)
+        taken = owed_take(&self.vm.owed, <hw_tlbi_t *>&raw[0], wanted)
+        return out[:taken]
+
+    def stats(self):
+        cdef uint32_t i, k
+        cdef uint64_t kinds[8]
+        cdef uint64_t installed = 0, relaxed = 0, replaced = 0, host_leaves
+        memset(kinds, 0, sizeof(kinds))
+        with nogil:
+            lock_exclusive(&self.vm.lock)
+            for i in range(self.vm.vcpu_count):
+                for k in range(8):
+                    kinds[k] += self.vm.vcpus[i].kinds[k]
+                installed += self.vm.vcpus[i].installed
+                relaxed += self.vm.vcpus[i].relaxed
+                replaced += self.vm.vcpus[i].replaced
+            host_leaves = self.vm.canonical_leaves
+            unlock(&self.vm.lock)
+        return Stats(
+            faults=kinds[0] + kinds[1] + kinds[2] + kinds[3] + kinds[4] + kinds[5] + kinds[6], hits=kinds[0], mapped=kinds[1],
+            l1_faults=kinds[2], host_faults=kinds[3], mmio=kinds[4], retries=kinds[5], no_memory=kinds[6], installed=installed,
+            removed=self.vm.removed, relaxed=relaxed, replaced=replaced, narrowed=self.vm.narrowed,
+            live=installed - self.vm.removed, invalidations=self.vm.invalidations, kernel_steps=self.vm.kernel_steps,
+            contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
+            table_bytes=self.vm.arena.table_bytes, link_bytes=self.vm.arena.link_bytes,
+            rmap_bytes=self.vm.arena.rmap_bytes,
+            memory_bytes=self.vm.arena.table_bytes + self.vm.arena.link_bytes + self.vm.arena.rmap_bytes)
+
+    def check(self):
+        cdef finding_t finding
+        with nogil:
+            lock_exclusive(&self.vm.lock)
+            self.mem.refresh(&self.view)
+            check_vm(&self.vm, &self.view, &finding)
+            unlock(&self.vm.lock)
+        if finding.rule:
+            where = self.where(finding.slot) if finding.slot else ""
+            raise InvariantError(f"{RULES[finding.rule]}{where}: {finding.seen:#x}, should be {finding.wanted:#x}")
+
+    def where(self, uint32_t slot):
+        cdef const page_t *page = &self.vm.arena.pages[page_of(&self.vm.arena, slot)]
+        owner = "the canonical table" if page.context == CANONICAL else f"context {page.context}"
+        return f" (at {slot_ipa(&self.vm.arena, slot):#x}, level {page.level} of {owner})"
+
+    def _poke(self, index, uint64_t ipa, uint64_t flip):
+        """Flip bits of the entry that ``ipa`` leads to: for tests of ``check`` and of outside walkers."""
+        cdef table_t *table = &self.vm.canonical if index is None else &self.context_at(index).shadow
+        cdef int level = 0
+        cdef uint32_t slot = table_find(&self.vm.arena, table, ipa, &level)
+        self.vm.arena.words[slot] ^= flip
+
+
+cdef class HostStage2:
+    """The host's (canonical) stage 2: ``vm.host``."""
+
+    cdef _Engine engine
+
+    def map(self, cipa, pa, size, perm="rwx", memattr="normal"):
+        """Map [cipa, cipa + size) to ``pa`` on in the largest blocks that fit -> ``Invalidation``.
+
+        Over a live range it is a change: shadow leaves over it are dropped. An identical mapping changes nothing.
+        ``ValueError`` for unaligned or out-of-range addresses, ``MemoryError`` (nothing changed) over the bound.
+        """
+        return self.engine.map(as_u64(cipa, "cipa"), as_u64(pa, "pa"), as_u64(size, "size"), perm, memattr)
+
+    def protect(self, start, end, perm):
+        """Give what is mapped in [start, end) the permissions ``perm`` -> ``Invalidation``.
+
+        Host blocks partly covered are split. Where a permission is reduced, shadow leaves inside are narrowed and
+        those that stick out are dropped.
+        """
+        return self.engine.protect(as_u64(start, "start"), as_u64(end, "end"), perm)
+
+    def load(self, addresses, pages, vttbr, vtcr):
+        """Take over a captured host table: same leaves, same sizes, AF ignored -> ``Invalidation``.
+
+        ``addresses``: uint64[N] of the table pages, ``pages``: uint8[N, granule]. ``ValueError`` when they make no
+        table of the host's granule; nothing is changed then.
+        """
+        return self.engine.load(addresses, pages, as_u64(vttbr, "vttbr"), as_u64(vtcr, "vtcr"))
+
+    def leaves(self):
+        """Every host leaf, sorted: array of cipa u8, pa u8, size u8, perm u1 (in force now), memattr u1."""
+        return self.engine.host_leaves()
+
+    @property
+    def populate(self):
+        """What a host fault does: None, a ``Linear``, or a callable(cipa, access) -> ``HostMapping`` or None.
+
+        ``"linear"`` is ``Linear()``. A callable runs without an engine lock and may call the engine; the fault then
+        starts over. An exception from it stops the batch at that element and propagates.
+        """
+        return self.engine.get_populate()
+
+    @populate.setter
+    def populate(self, policy):
+        self.engine.set_populate(policy)
+
+    def __repr__(self):
+        return f"HostStage2({len(self.leaves())} leaves, populate={self.populate!r})"
+
+
+cdef class Fault:
+    """The answer to one fault: the fields of ``FAULT_DTYPE`` as attributes; ``kind`` is a ``Kind``."""
+
+    cdef fault_t c
+
+    @property
+    def kind(self):
+        return Kind(self.c.kind)
+
+    @property
+    def fsc(self):
+        return self.c.fsc
+
+    @property
+    def level(self):
+        return self.c.level
+
+    @property
+    def perm(self):
+        return self.c.perm
+
+    @property
+    def context(self):
+        return self.c.context
+
+    @property
+    def ipa(self):
+        return self.c.ipa
+
+    @property
+    def cipa(self):
+        return self.c.cipa
+
+    @property
+    def pa(self):
+        return self.c.pa
+
+    @property
+    def size(self):
+        return self.c.size
+
+    @property
+    def hpfar(self):
+        return self.c.hpfar
+
+    def __repr__(self):
+        kind = self.kind
+        if kind in (Kind.HIT, Kind.MAPPED):
+            return f"Fault({kind.name} {self.ipa:#x} → {self.pa:#x}, {size_text(self.size)}, {perm_text(self.perm)})"
+        if kind == Kind.L1_FAULT:
+            return f"Fault({kind.name} {self.ipa:#x}, fsc={self.fsc:#04x}, level {self.level})"
+        return f"Fault({kind.name} {self.ipa:#x}, cipa={self.cipa:#x})"
+
+
+cdef class VCPU:
+    """One virtual CPU of L1: ``vm.vcpus[i]``. One thread at a time; a second one gets a ``RuntimeError``."""
+
+    cdef _Engine engine
+    cdef vcpu_t *c
+    cdef readonly uint32_t index
+
+    cdef int enter(self) except -1:
+        cdef uint32_t idle = 0
+        if not cas32(&self.c.busy, &idle, 1):
+            raise RuntimeError(f"vCPU {self.index} is in use by another thread")
+        return 0
+
+    cdef int enter_loaded(self) except -1:
+        self.enter()
+        if self.c.context == NO_CONTEXT:
+            self.leave()
+            raise RuntimeError(f"vCPU {self.index} has no context: load() it first")
+        self.engine.mem.refresh(&self.c.view)
+        return 0
+
+    cdef void leave(self) noexcept:
+        store32(&self.c.busy, 0)
+
+    def load(self, vttbr, vtcr, hcr=HCR_VM, bint big_endian=False, s2pir=0):
+        """L1 entered L2 with these registers: take the context that they name, or recycle one -> ``Context``.
+
+        Never raises for what L1 wrote: an illegal configuration is a context whose every fault is an L1_FAULT.
+        """
+        cdef s2_config_t config
+        cdef uint64_t vttbr_ = as_u64(vttbr, "vttbr"), vtcr_ = as_u64(vtcr, "vtcr"), hcr_ = as_u64(hcr, "hcr")
+        decode_config(&self.engine.vm.features, vttbr_, vtcr_, hcr_, big_endian, as_u64(s2pir, "s2pir"), &config)
+        self.enter()
+        try:
+            with nogil:
+                lock_exclusive(&self.engine.vm.lock)
+                if self.c.context != NO_CONTEXT:
+                    context_release(&self.engine.vm, self.c.context)
+                    self.c.context = NO_CONTEXT
+                self.c.context = context_acquire(&self.engine.vm, &config, vttbr_, vtcr_)
+                self.c.config = config
+                self.c.vttbr = vttbr_
+                self.c.vtcr = vtcr_
+                self.c.hcr = hcr_
+                unlock(&self.engine.vm.lock)
+                lock_shared(&self.engine.vm.lock)
+            try:
+                return self.engine.context_row(self.c.context)
+            finally:
+                unlock(&self.engine.vm.lock)
+        finally:
+            self.leave()
+
+    def put(self):
+        """L1 left L2: let go of the context. Nothing happens if none is loaded."""
+        self.enter()
+        try:
+            with nogil:
+                lock_exclusive(&self.engine.vm.lock)
+                if self.c.context != NO_CONTEXT:
+                    context_release(&self.engine.vm, self.c.context)
+                    self.c.context = NO_CONTEXT
+                unlock(&self.engine.vm.lock)
+        finally:
+            self.leave()
+
+    def fault(self, ipa, access=Access.READ):
+        """Serve one stage-2 fault of L2 -> ``Fault``; ``MemoryError`` when the allocator refuses."""
+        cdef Fault result = Fault.__new__(Fault)
+        cdef uint64_t address = as_u64(ipa, "ipa")
+        cdef uint8_t mask = access
+        self.enter_loaded()
+        try:
+            self.run(&address, &mask, 0, &result.c, 1)
+        finally:
+            self.leave()
+        if result.c.kind == KIND_NO_MEMORY:
+            raise MemoryError(f"no room for a shadow of {ipa:#x}")
+        return result
+
+    def fault_many(self, ipas, access=Access.READ, out=None):
+        """Serve many faults in order: uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released.
+
+        ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE``[n] to write into. An
+        exception from a populate callable stops at that element and propagates; the ones before it are done.
+        """
+        cdef const uint64_t[::1] addresses = as_addresses(ipas)
+        cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
+        cdef Py_ssize_t n = addresses.shape[0], at = 0, step, stride = 1 if masks.shape[0] > 1 else 0
+        cdef uint8_t[::1] raw
+        out = as_output(out, FAULT_DTYPE, n)
+        if n == 0:
+            return out
+        raw = out.view(np.uint8)
+        self.enter_loaded()
+        try:
+            while at < n:
+                step = min(n - at, SIGNAL_CHECK_INTERVAL)
+                self.run(&addresses[at], &masks[at * stride], stride, <fault_t *>&raw[0] + at, step)
+                at += step
+                PyErr_CheckSignals()
+        finally:
+            self.leave()
+        return out
+
+    cdef int run(self, const uint64_t *ipas, const uint8_t *masks, int64_t stride, fault_t *out, int64_t n) except -1:
+        """Serve faults, asking the embedder where it must be asked."""
+        cdef int64_t at = 0, asked = -1
+        cdef int tries = 0
+        cdef step_t step
+        while True:
+            with nogil:
+                step = fault_run(&self.engine.vm, self.c, ipas, masks, stride, out, n, &at)
+            if step == STEP_DONE:
+                return 0
+            tries = tries + 1 if asked == at else 1
+            asked = at
+            if tries > POPULATE_TRIES:
+                out[at].kind = KIND_RETRY
+            elif self.ask(out[at].cipa, masks[at * stride]):
+                continue
+            self.c.kinds[out[at].kind] += 1
+            at += 1
+
+    cdef bint ask(self, uint64_t cipa, uint8_t access) except -1:
+        """Call populate for ``cipa`` and map what it says; False for None."""
+        cdef uint64_t seq = self.engine.vm.host_seq
+        policy = self.engine.policy
+        if not callable(policy):
+            return True                     # it was replaced meanwhile: start over
+        mapping = policy(cipa, Access(access))
+        if mapping is None:
+            return False
+        if not isinstance(mapping, HostMapping):
+            raise TypeError(f"populate must return a HostMapping or None, got {type(mapping).__name__}")
+        self.install(cipa, mapping, seq)
+        return True
+
+    cdef int install(self, uint64_t cipa, object mapping, uint64_t seq) except -1:
+        cdef host_attrs_t attrs
+        cdef uint64_t size = mapping.size, pa = mapping.pa, span
+        cdef int level = self.engine.level_of_block(size), reached = 0
+        cdef vm_t *vm = &self.engine.vm
+        cdef bint stored = True
+        self.engine.fill_attrs(mapping.perm, mapping.memattr, &attrs)
+        if pa >> vm.features.pa_bits or (pa + size - 1) >> vm.features.pa_bits:
+            raise ValueError(f"populate returned pa {pa:#x} beyond pa_bits={vm.features.pa_bits}")
+        pa += cipa & (size - 1)
+        with nogil:
+            lock_exclusive(&vm.lock)
+            self.engine.mem.refresh(&self.c.view)
+            if not load64(vm.arena.words + table_find(&vm.arena, &vm.canonical, cipa, &reached)) & DESC_VALID:
+                if reached > level:
+                    level = reached         # part of a larger block is mapped already
+                span = level_span(vm.arena.granule_bits, level)
+                # What was resolved before a change of that range must not be installed after it.
+                if not changed_since(vm, seq, cipa & ~(span - 1), (cipa & ~(span - 1)) + span):
+                    stored = populate_block(vm, cipa & ~(span - 1), pa & ~(span - 1), span, &attrs)
+            unlock(&vm.lock)
+        if not stored:
+            raise MemoryError(f"no room for the host table of {cipa:#x}")
+        return 0
+
+    def translate(self, ipa, access=Access.READ):
+        """What the hardware would find in the shadow -> ``Fault`` of kind HIT or MISS. Changes nothing."""
+        cdef Fault result = Fault.__new__(Fault)
+        cdef uint64_t address = as_u64(ipa, "ipa")
+        cdef uint8_t mask = access
+        self.enter_loaded()
+        with nogil:
+            lock_shared(&self.engine.vm.lock)
+            translate_one(&self.engine.vm, self.c, address, mask, &result.c)
+            unlock(&self.engine.vm.lock)
+        self.leave()
+        return result
+
+    def translate_many(self, ipas, access=Access.READ, out=None):
+        """``translate`` for uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released."""
+        cdef const uint64_t[::1] addresses = as_addresses(ipas)
+        cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
+        cdef Py_ssize_t n = addresses.shape[0], at = 0, end, stride = 1 if masks.shape[0] > 1 else 0
+        cdef uint8_t[::1] raw
+        cdef fault_t *rows
+        out = as_output(out, FAULT_DTYPE, n)
+        if n == 0:
+            return out
+        raw = out.view(np.uint8)
+        rows = <fault_t *>&raw[0]
+        self.enter_loaded()
+        try:
+            while at < n:
+                with nogil:
+                    while at < n:
+                        end = min(n, at + FAULT_CHUNK)
+                        lock_shared(&self.engine.vm.lock)
+                        while at < end:
+                            translate_one(&self.engine.vm, self.c, addresses[at], masks[at * stride], rows + at)
+                            at += 1
+                        unlock(&self.engine.vm.lock)
+                        if at % SIGNAL_CHECK_INTERVAL == 0:
+                            break
+                PyErr_CheckSignals()
+        finally:
+            self.leave()
+        return out
+
+    def tlbi(self, op, xt=0, vttbr=None, vtcr=None, hcr=None):
+        """L1 issued a TLBI -> ``TlbiResult(name, removed, required, contexts)``.
+
+        ``op`` is a name, (op1, CRn, CRm, op2) or a 32-bit SYS word. The registers are those that were in force when
+        L1 issued it; None stands for what this vCPU loaded last. No context is acquired. Applied here: ALLE1*,
+        VMALLS12E1*, and IPAS2E1*/IPAS2LE1* without a TTL, by the exact extent rule. ``UndefinedInstruction`` for
+        what the features lack, ``ValueError`` for operations that are not applied.
+        """
+        cdef maintenance_t operation
+        cdef uint64_t operand = as_u64(xt, "xt")
+        cdef uint64_t base = self.c.vttbr if vttbr is None else as_u64(vttbr, "vttbr")
+        cdef uint64_t control = self.c.vtcr if vtcr is None else as_u64(vtcr, "vtcr")
+        if hcr is not None:
+            as_u64(hcr, "hcr")
+        found = find_operation(op, self.engine.features)
+        memset(&operation, 0, sizeof(operation))
+        operation.vmid = decode_vmid(&self.engine.vm.features, base, control)
+        if found.kind == "ALL":
+            operation.scope = SCOPE_ALL
+        elif found.kind == "VMALLS12":
+            operation.scope = SCOPE_VMID
+        elif found.kind == "IPA" and not (self.engine.features.ttl and has_level_hint(operand)):
+            operation.scope = SCOPE_IPA
+            operation.start = ipa_operand(operand, self.engine.features.pa_bits)
+            operation.end = operation.start + 1
+            operation.levels = 0x3E             # levels -1 to 3
+        else:
+            hint = " with a TTL" if found.kind == "IPA" else ""
+            raise ValueError(f"TLBI {found.name}{hint} is not applied to shadows by this version")
+        self.enter()
+        try:
+            with nogil:
+                apply_maintenance(&self.engine.vm, &operation)
+        finally:
+            self.leave()
+        return TlbiResult(found.name, operation.removed, operation.removed, operation.visited)
+
+    def __repr__(self):
+        return f"VCPU({self.index}, {'no context' if self.c.context == NO_CONTEXT else f'context {self.c.context}'})"
+
+
+cdef class NestedVM:
+    """A VM whose guest is a hypervisor: shadow stage-2 contexts over L1's memory, and the host's stage 2 under it.
+
+    ``mem`` stays in use as long as the VM lives. ``contexts`` is the size of the pool (None: 2 per vCPU).
+    ``teardown``: what a host change does to the shadows: ``"reverse-map"`` drops exactly the leaves that map the
+    range, ``"blow-away"`` every leaf of every context as Linux 7.2, ``"blow-away-lean"`` whole tables.
+    ``attributes``: ``"architectural"`` or ``"kvm72"`` (L1's memory attributes ignored). ``max_table_bytes`` bounds
+    tables, links and heads: cold contexts and leaf tables are evicted. ``table_base`` is the simulated physical
+    address of the tables. ``track_tlbis`` keeps the queue of owed TLB maintenance.
+
+    Thread safety: one thread per vCPU; batches and host changes release the GIL and run side by side.
+    """
+
+    cdef _Engine engine
+    cdef readonly HostStage2 host
+    cdef readonly tuple vcpus
+    cdef readonly GuestMemory mem
+    cdef readonly object features
+    cdef readonly str teardown
+    cdef object __weakref__
+
+    def __init__(self, GuestMemory mem not None, vcpus=1, contexts=None, features=None, *, teardown="reverse-map",
+                 tlbi="exact", attributes="architectural", max_table_bytes=None, table_base=None, track_tlbis=True):
+        cdef uint32_t i
+        cdef VCPU vcpu
+        if features is None:
+            features = Features()
+        check_features(features)
+        vcpus, contexts = check_counts(vcpus, contexts, features)
+        if teardown not in TEARDOWNS:
+            raise ValueError(f"teardown must be one of {', '.join(map(repr, TEARDOWNS))}, got {teardown!r}")
+        if tlbi != "exact":
+            raise ValueError(f"tlbi must be 'exact', got {tlbi!r}")
+        if attributes not in ("architectural", "kvm72"):
+            raise ValueError(f"attributes must be 'architectural' or 'kvm72', got {attributes!r}")
+        table_base = check_table_base(table_base, features)
+        budget = table_budget(max_table_bytes, vcpus, contexts, features)
+        self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWNS[teardown], attributes == "kvm72", budget,
+                              table_base, track_tlbis)
+        self.mem = mem
+        self.features = features
+        self.teardown = teardown
+        self.host = HostStage2.__new__(HostStage2)
+        self.host.engine = self.engine
+        all_vcpus = []
+        for i in range(vcpus):
+            vcpu = VCPU.__new__(VCPU)
+            vcpu.engine = self.engine
+            vcpu.c = &self.engine.vm.vcpus[i]
+            vcpu.index = i
+            all_vcpus.append(vcpu)
+        self.vcpus = tuple(all_vcpus)
+
+    def unmap(self, start, end, partial=None):
+        """The host takes [start, end) of cIPA away (an MMU notifier) -> ``Invalidation(leaves, ticket)``.
+
+        A host block partly covered is split (``"split"``) or dropped whole (``"drop"``, as Linux does); None is drop
+        under blow-away, else split. ``ValueError`` for bounds that are not host-page aligned.
+        """
+        return self.engine.unmap(as_u64(start, "start"), as_u64(end, "end"), partial)
+
+    def log_dirty(self, start, end, on=True):
+        """Switch dirty logging of the RAM in [start, end) -> ``Invalidation``.
+
+        While it is on, leaves get W only on a write fault, at host-page size. Off forgets what was dirty.
+        """
+        return self.engine.log_dirty(as_u64(start, "start"), as_u64(end, "end"), on)
+
+    def dirty_log(self, start, end):
+        """Report, clear and protect again -> uint8 bitmap, one bit per host page of [start, end), little bit order."""
+        return self.engine.dirty_log(as_u64(start, "start"), as_u64(end, "end"))
+
+    def age(self, start, end):
+        """OR of the access flags of host and shadow leaves, which are cleared -> bitmap as in ``dirty_log``."""
+        return self.engine.age(as_u64(start, "start"), as_u64(end, "end"), True)
+
+    def test_young(self, start, end):
+        """As ``age``, but nothing is cleared."""
+        return self.engine.age(as_u64(start, "start"), as_u64(end, "end"), False)
+
+    @property
+    def contexts(self):
+        """The contexts that have an owner, as a tuple of ``Context``."""
+        return self.engine.contexts()
+
+    def shadow(self, index):
+        """A context's live entries, sorted by IPA: ``SHADOW_DTYPE`` array."""
+        return self.engine.shadow(index)
+
+    def reverse(self, cipa):
+        """Every shadow leaf that maps this host page: ``REVERSE_DTYPE`` array, sorted by context and IPA."""
+        return self.engine.reverse(as_u64(cipa, "cipa"))
+
+    def tables(self, index=None):
+        """(addresses uint64[N], pages uint8[N, granule]) of a shadow, or of the canonical table for None."""
+        return self.engine.tables(index)
+
+    def take_tlbis(self, limit=None):
+        """Take the TLB maintenance that L0 owes its hardware, oldest first: ``HW_TLBI_DTYPE`` array."""
+        return self.engine.take_tlbis(limit)
+
+    @property
+    def stats(self):
+        """Counters, as a frozen ``Stats``."""
+        return self.engine.stats()
+
+    def check(self):
+        """Verify every invariant by brute force; ``InvariantError`` names the first that is broken."""
+        self.engine.check()
+
+    def _poke(self, index, ipa, flip):
+        self.engine._poke(index, ipa, flip)
+
+    def __repr__(self):
+        return f"NestedVM({len(self.vcpus)} vCPUs, {len(self.contexts)} contexts, teardown={self.teardown!r})"
+
+
+def check_features(features):
+    if not isinstance(features, Features):
+        raise TypeError(f"features must be a Features, got {type(features).__name__}")
+    if features.pa_bits > 48:
+        raise ValueError(f"an engine supports pa_bits up to 48, got {features.pa_bits}")
+
+
+def check_counts(vcpus, contexts, features):
+    if vcpus < 1:
+        raise ValueError(f"vcpus must be at least 1, got {vcpus}")
+    if contexts is None:
+        contexts = 2 * vcpus
+    if contexts < vcpus:
+        raise ValueError(f"contexts ({contexts}) must be at least vcpus ({vcpus})")
+    most = min((1 << features.vmid_bits) - FIRST_CONTEXT_VMID, CANONICAL)
+    if contexts > most:
+        raise ValueError(f"contexts must be at most {most} with {features.vmid_bits}-bit VMIDs, got {contexts}")
+    return vcpus, contexts
+
+
+def check_table_base(table_base, features):
+    limit = 1 << features.pa_bits
+    alignment = ROOT_PAGES * features.host_granule
+    if table_base is None:
+        return limit - ARENA_BYTES if limit > ARENA_BYTES else limit // 2
+    if table_base < 0 or table_base % alignment:
+        raise ValueError(f"table_base must be a multiple of {alignment:#x}, got {table_base:#x}")
+    if table_base > limit - (1 << 30):
+        raise ValueError(f"table_base {table_base:#x} leaves less than 1 GiB below pa_bits={features.pa_bits}")
+    return table_base
+
+
+def table_budget(max_table_bytes, vcpus, contexts, features):
+    """The bound that remains once every root is paid for; 0 for none."""
+    if max_table_bytes is None:
+        return 0
+    page = features.host_granule + sizeof(page_t)
+    levels = 4
+    # A walk path: shadow and canonical tables, links of the leaf table, and nodes of the reverse map.
+    path = levels * 2 * page + features.host_granule + levels * (features.host_granule + sizeof(node_t))
+    roots = (contexts + 1) * ROOT_PAGES * page
+    least = roots + vcpus * path
+    if max_table_bytes < least:
+        raise ValueError(f"max_table_bytes must be at least {least} for {contexts} contexts and {vcpus} vCPUs, got {max_table_bytes}")
+    return max_table_bytes - roots

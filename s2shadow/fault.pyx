@@ -1,0 +1,365 @@
+"""The fault path: shadow hit, L1's walk, host leaf, combine, install.
+
+L1's table is walked with the shared side held. The design page has the walk outside and checks sequences after it;
+held through, walk and install are one step for whatever removes entries, so that a translation walked before an
+invalidation cannot be installed after it, without a sequence to check. What must not hold the lock (an embedder's
+populate) makes the fault start over. A step that only the exclusive side may do is redone there from the start.
+"""
+
+from libc.stdint cimport int8_t, uint16_t, uint32_t
+from libc.string cimport memset
+
+from s2shadow.arch cimport (
+    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_VALID, DESC_XN,
+    FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, OA_48, hpfar, level_span, memattr_is_device, required_perm,
+    s2ap_xn_to_perm,
+)
+from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
+from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
+from s2shadow.dirty cimport is_logged, mark_dirty
+from s2shadow.host cimport grant_write, populate_linear
+from s2shadow.leaf cimport drop_below, drop_leaf, evict, shadow_cipa
+from s2shadow.memory cimport find_region, region_t
+from s2shadow.owed cimport owe_relaxed, owed_begin, owed_end
+from s2shadow.rmap cimport rmap_ensure, rmap_push, rmap_tidy
+from s2shadow.table cimport DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, table_ensure, table_find, table_tidy
+from s2shadow.vm cimport (
+    FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY, KIND_RETRY,
+    POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
+    read_tag, sched_yield, unlock, vcpu_t, vm_t,
+)
+from s2shadow.walker cimport walk_stage2, walk_t
+
+# How far an attempt to install a leaf got.
+ctypedef enum install_t:
+    INSTALL_DONE
+    INSTALL_AGAIN               # another thread used the slot meanwhile
+    INSTALL_EXCLUSIVE
+    INSTALL_NO_MEMORY
+
+
+cdef inline bint perm_allows(uint64_t desc, uint8_t need) noexcept nogil:
+    return not need & ~s2ap_xn_to_perm(desc, True)
+
+
+cdef inline bint device_walk_refused(const vcpu_t *vcpu, const vm_t *vm, uint64_t desc, uint8_t access) noexcept nogil:
+    """HCR_EL2.PTW: a stage-1 walk must not touch Device memory; L1's walk decides what the fault is."""
+    return access & ACCESS_PTW and vcpu.config.ptw and memattr_is_device(<uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF),
+                                                                          vm.features.fwb)
+
+
+cdef inline void describe_hit(const vm_t *vm, uint64_t desc, uint64_t ipa, int level, uint64_t block, fault_t *out) noexcept nogil:
+    cdef uint64_t span = level_span(vm.arena.granule_bits, level)
+    out.level = <int8_t>(<int>read_tag(desc) + LEVEL_STAGE2_OFF)
+    out.perm = s2ap_xn_to_perm(desc, True)
+    out.size = span
+    out.cipa = block + (ipa & (span - 1))
+    out.pa = (desc & OA_48 & ~(span - 1)) + (ipa & (span - 1))
+
+
+cdef inline uint32_t shadow_leaf(const vm_t *vm, const context_t *context, uint64_t ipa, uint64_t *desc, int *level) noexcept nogil:
+    """Slot of the live leaf for ``ipa``, or 0."""
+    cdef uint32_t slot
+    if ipa >> context.shadow.ia_bits:
+        return 0
+    slot = table_find(&vm.arena, &context.shadow, ipa, level)
+    desc[0] = load64(vm.arena.words + slot)
+    return slot if desc[0] & DESC_VALID else 0
+
+
+cdef void begin_result(const vcpu_t *vcpu, uint64_t ipa, fault_t *out) noexcept nogil:
+    memset(out, 0, sizeof(fault_t))
+    out.context = <uint16_t>vcpu.context
+    out.ipa = ipa
+    out.hpfar = hpfar(ipa)
+
+
+cdef void translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
+    """What the hardware would find in the shadow now: HIT or MISS. Changes nothing (shared side)."""
+    cdef uint64_t desc = 0, block = 0
+    cdef int level = 0
+    cdef uint32_t slot
+    begin_result(vcpu, ipa, out)
+    out.kind = KIND_MISS
+    slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
+    if not slot or not desc & DESC_AF or not perm_allows(desc, required_perm(access)):
+        return
+    if device_walk_refused(vcpu, vm, desc, access) or not shadow_cipa(vm, slot, &block):
+        return
+    out.kind = KIND_HIT
+    describe_hit(vm, desc, ipa, level, block, out)
+
+
+cdef bint try_hit(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
+    """Answer from a live leaf, setting AF in shadow and host where it is clear."""
+    cdef uint64_t desc = 0, block = 0
+    cdef int level = 0, host_level = 0
+    cdef uint32_t slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
+    if not slot or not perm_allows(desc, required_perm(access)) or device_walk_refused(vcpu, vm, desc, access):
+        return False
+    if not shadow_cipa(vm, slot, &block):
+        return False
+    describe_hit(vm, desc, ipa, level, block, out)
+    if vm.active_count and is_active(vm, out.cipa):
+        out.kind = KIND_RETRY
+        return True
+    if not desc & DESC_AF:
+        fetch_or64(vm.arena.words + slot, DESC_AF)
+        set_host_young(vm, out.cipa)
+    out.kind = KIND_HIT
+    return True
+
+
+cdef void set_host_young(vm_t *vm, uint64_t cipa) noexcept nogil:
+    cdef int level = 0
+    cdef uint32_t slot = table_find(&vm.arena, &vm.canonical, cipa, &level)
+    if not load64(vm.arena.words + slot) & DESC_AF:
+        fetch_or64(vm.arena.words + slot, DESC_AF)
+
+
+cdef void stop_at_l1(const vcpu_t *vcpu, const walk_t *walked, fault_t *out) noexcept nogil:
+    """L1's walk ended in a fault. With its stage 2 off that is L2's own address size fault."""
+    out.kind = KIND_L1_FAULT if vcpu.config.enabled else KIND_HOST_FAULT
+    out.fsc = walked.fsc
+    out.level = walked.level
+
+
+cdef bint is_mmio(const region_t *region, bint host_mapped, uint8_t access) noexcept nogil:
+    if region == NULL:
+        return True
+    if region.device:
+        return not host_mapped
+    return region.readonly and access & ACCESS_WRITE
+
+
+cdef void host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa, host_leaf_t *host) noexcept nogil:
+    """The host's leaf, cut to what lies inside the region: its neighbours may be read-only or nothing at all."""
+    cdef uint64_t block
+    host.perm = s2ap_xn_to_perm(desc, True)
+    host.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
+    host.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+    host.size = level_span(vm.arena.granule_bits, level)
+    host.pa = desc & OA_48 & ~(host.size - 1)
+    if region.readonly:
+        host.perm &= ~ACCESS_WRITE
+    while level < FINAL_LEVEL:
+        block = cipa & ~(host.size - 1)
+        if block >= region.start and block + host.size <= region.start + region.size:
+            break
+        level += 1
+        host.pa += cipa & (host.size - 1) & ~(level_span(vm.arena.granule_bits, level) - 1)
+        host.size = level_span(vm.arena.granule_bits, level)
+
+
+cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, fault_t *out) noexcept nogil:
+    """One fault on the side of the lock that is held; see ``step_t`` for what may be left to do."""
+    cdef walk_t walked
+    cdef host_leaf_t host
+    cdef const region_t *region
+    cdef uint64_t desc
+    cdef uint32_t slot
+    cdef int level = 0, populated
+    cdef uint8_t need = required_perm(access)
+    begin_result(vcpu, ipa, out)
+    if try_hit(vm, vcpu, ipa, access, out):
+        return STEP_DONE
+    begin_result(vcpu, ipa, out)
+    walk_stage2(&vcpu.view, &vcpu.config, ipa, access, True, &walked)
+    if walked.updated:
+        mark_dirty(&vm.dirty, walked.desc_addr)     # L0 wrote L1's memory: migration must see it
+    if walked.status:
+        stop_at_l1(vcpu, &walked, out)
+        return STEP_DONE
+    out.cipa = walked.pa
+    out.level = walked.level
+    region = find_region(&vcpu.view, walked.pa)
+    if region == NULL:
+        out.kind = KIND_MMIO
+        out.fsc = FSC_EXTERNAL_ABORT
+        return STEP_DONE
+    while True:
+        slot = table_find(&vm.arena, &vm.canonical, walked.pa, &level)
+        desc = load64(vm.arena.words + slot)
+        if is_mmio(region, desc & DESC_VALID != 0, access):
+            out.kind = KIND_MMIO
+            out.fsc = FSC_EXTERNAL_ABORT
+            return STEP_DONE
+        if vm.active_count and is_active(vm, walked.pa):
+            out.kind = KIND_RETRY
+            return STEP_DONE
+        if not desc & DESC_VALID:
+            out.kind = KIND_HOST_FAULT
+            if vm.populate == POPULATE_NONE:
+                return STEP_DONE
+            if vm.populate == POPULATE_CALLABLE:
+                return STEP_POPULATE
+            if not exclusive:
+                return STEP_EXCLUSIVE
+            populated = populate_linear(vm, region, walked.pa)
+            if populated <= 0:
+                out.kind = KIND_HOST_FAULT if populated == 0 else KIND_NO_MEMORY
+                return STEP_DONE
+            continue
+        host_leaf_for(vm, desc, level, region, walked.pa, &host)
+        if not need & ~host.perm:
+            break
+        if need & ~host.perm & ~ACCESS_WRITE or not desc & DESC_HOST_W or region.readonly:
+            out.kind = KIND_HOST_FAULT
+            return STEP_DONE
+        if not grant_write(vm, walked.pa, exclusive):
+            return STEP_EXCLUSIVE
+    return finish_fault(vm, vcpu, ipa, access, exclusive, &walked, &host, slot, out)
+
+
+cdef step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, walk_t *walked,
+                         host_leaf_t *host, uint32_t host_slot, fault_t *out) noexcept nogil:
+    """Both sides allow the access: combine and install."""
+    cdef context_t *context = &vm.contexts[vcpu.context]
+    cdef combined_t leaf
+    cdef install_t installed
+    cdef bint logged = is_logged(&vm.dirty, walked.pa)
+    cdef bint may_write = (host.perm & ACCESS_WRITE) != 0
+    if logged:
+        if access & ACCESS_WRITE:
+            mark_dirty(&vm.dirty, walked.pa)
+        else:
+            host.perm &= ~ACCESS_WRITE      # while a page is logged, W comes with a write only
+    if not peek64(vm.arena.words + host_slot) & DESC_AF:
+        fetch_or64(vm.arena.words + host_slot, DESC_AF)
+    combine_leaves(walked, host, &context.rules, &leaf)
+    out.size = leaf.size
+    out.perm = leaf.perm
+    out.pa = host.pa + (walked.pa & (host.size - 1))
+    while True:
+        installed = install_leaf(vm, vcpu, context, ipa, walked.pa & ~(leaf.size - 1), &leaf,
+                                 logged and may_write and walked.perm & ACCESS_WRITE != 0, exclusive, out)
+        if installed == INSTALL_DONE:
+            return STEP_DONE
+        if not exclusive:
+            return STEP_EXCLUSIVE
+        if installed == INSTALL_NO_MEMORY:
+            table_tidy(&vm.arena, &context.shadow, ipa)
+            if vm.teardown == TEARDOWN_REVERSE_MAP:
+                rmap_tidy(&vm.rmap, walked.pa)
+            if not evict(vm, vcpu.context, ipa):
+                out.kind = KIND_NO_MEMORY
+                return STEP_DONE
+
+
+cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t ipa, uint64_t block, combined_t *leaf,
+                            bint may_keep_write, bint exclusive, fault_t *out) noexcept nogil:
+    """Put the combined leaf for cIPA ``block`` where ``ipa`` is, whatever stands there."""
+    cdef int level = 0
+    cdef uint32_t slot
+    cdef uint64_t desc
+    cdef install_t filled
+    while True:
+        slot = table_ensure(&vm.arena, &context.shadow, ipa, leaf.level, &level)
+        if not slot:
+            return INSTALL_NO_MEMORY
+        desc = load64(vm.arena.words + slot)
+        if desc == DESC_LOCKED:
+            sched_yield()                   # another thread is putting a leaf here
+            continue
+        if not desc & DESC_VALID:
+            filled = fill_slot(vm, vcpu, slot, block, leaf, out)
+            if filled == INSTALL_AGAIN:
+                continue
+            return filled
+        if level == leaf.level and not is_table(desc, level):
+            if relax_leaf(vm, vcpu, slot, desc, ipa, block, leaf, may_keep_write, out):
+                return INSTALL_DONE
+            if load64(vm.arena.words + slot) != desc and not exclusive:
+                continue                    # it changed under us: look again
+        if not exclusive:
+            return INSTALL_EXCLUSIVE
+        # Another size, another output or fewer permissions: a leaf never mixes two guest descriptors.
+        vcpu.replaced += 1
+        if is_table(desc, level):
+            drop_below(vm, slot)
+        else:
+            drop_leaf(vm, slot)
+
+
+cdef install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t block, combined_t *leaf, fault_t *out) noexcept nogil:
+    """Install into an invalid slot. It is locked while the links are set, so that a hit always finds its head."""
+    cdef uint64_t seen = 0
+    cdef uint32_t head
+    if not links_ensure(&vm.arena, slot):
+        return INSTALL_NO_MEMORY
+    if not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
+        return INSTALL_AGAIN
+    if vm.teardown == TEARDOWN_REVERSE_MAP:
+        head = rmap_ensure(&vm.rmap, block, leaf.level)
+        if not head:
+            store64(vm.arena.words + slot, 0)
+            return INSTALL_NO_MEMORY
+        rmap_push(&vm.rmap, head, slot)
+    else:
+        vm.arena.links[slot] = block
+    leaf_added(&vm.arena, slot, leaf.guest_level - LEVEL_STAGE2_OFF)
+    store64(vm.arena.words + slot, leaf.desc)
+    vcpu.installed += 1
+    out.kind = KIND_MAPPED
+    return INSTALL_DONE
+
+
+cdef bint relax_leaf(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t desc, uint64_t ipa, uint64_t block, combined_t *leaf,
+                     bint may_keep_write, fault_t *out) noexcept nogil:
+    """Add permissions to a live leaf that maps the same block in the same way; False if it must be replaced."""
+    cdef uint64_t permissions = <uint64_t>0xC0 | DESC_XN
+    cdef uint64_t known = 0, desired = leaf.desc
+    cdef uint8_t old = s2ap_xn_to_perm(desc, True)
+    if (desc ^ desired) & ~(permissions | DESC_AF):
+        return False
+    if not shadow_cipa(vm, slot, &known) or known != block:
+        return False                        # equal PA is not enough: two cIPAs may share a page (KSM)
+    if may_keep_write and old & ACCESS_WRITE:
+        desired |= DESC_S2AP_W              # the page is marked already
+    if old & ~s2ap_xn_to_perm(desired, True):
+        return False
+    if not cas64(vm.arena.words + slot, &desc, desired):
+        return False
+    describe_hit(vm, desired, ipa, vm.arena.pages[page_of(&vm.arena, slot)].level, block, out)
+    if (desc ^ desired) & permissions:
+        out.kind = KIND_MAPPED
+        vcpu.relaxed += 1
+        owe_relaxed(&vm.owed, vcpu.context, ipa & ~(leaf.size - 1), (ipa & ~(leaf.size - 1)) + leaf.size, leaf.level)
+    else:
+        out.kind = KIND_HIT                 # another thread was here first, or AF was missing
+    return True
+
+
+cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
+    cdef step_t step
+    lock_exclusive(&vm.lock)
+    owed_begin(&vm.owed)
+    step = fault_step(vm, vcpu, ipa, access, True, out)
+    owed_end(&vm.owed)
+    unlock(&vm.lock)
+    return step
+
+
+cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
+                      fault_t *out, int64_t n, int64_t *at) noexcept nogil:
+    """Serve faults from ``at`` on; stops with STEP_POPULATE at the element that needs the embedder."""
+    cdef step_t step = STEP_DONE
+    cdef int64_t end
+    while at[0] < n:
+        end = at[0] + FAULT_CHUNK if n - at[0] > FAULT_CHUNK else n
+        lock_shared(&vm.lock)
+        while at[0] < end:
+            step = fault_step(vm, vcpu, ipas[at[0]], masks[at[0] * stride], False, out + at[0])
+            if step != STEP_DONE:
+                break
+            vcpu.kinds[out[at[0]].kind] += 1
+            at[0] += 1
+        unlock(&vm.lock)
+        if step == STEP_EXCLUSIVE:
+            step = fault_exclusive(vm, vcpu, ipas[at[0]], masks[at[0] * stride], out + at[0])
+            if step == STEP_DONE:
+                vcpu.kinds[out[at[0]].kind] += 1
+                at[0] += 1
+        if step == STEP_POPULATE:
+            return step
+    return STEP_DONE

@@ -1,0 +1,29 @@
+# Changes of the canonical stage 2 (MMU notifiers), and what they do to the shadows.
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from s2shadow.memory cimport region_t
+from s2shadow.vm cimport range_t, vm_t
+
+# What the host says about a range: the attribute half of canonical descriptors.
+ctypedef struct host_attrs_t:
+    uint8_t perm
+    uint8_t memattr
+    uint8_t sh
+    uint8_t young
+
+ctypedef struct change_t:
+    uint64_t dropped
+    uint64_t ticket
+
+cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs, uint64_t max_block,
+                   change_t *change) noexcept nogil
+cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil
+cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, change_t *change) noexcept nogil
+cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, change_t *change) noexcept nogil
+cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64_t origin, uint8_t *bitmap) noexcept nogil
+cdef void host_age(vm_t *vm, uint64_t start, uint64_t end, bint clear, uint8_t *bitmap) noexcept nogil
+cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexcept nogil
+cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size, const host_attrs_t *attrs) noexcept nogil
+cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil
+cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t end) noexcept nogil

@@ -1,0 +1,579 @@
+"""The canonical stage 2 and its changes (spec 04, section 5; spec 02, section 7).
+
+Long removals work in chunks: their range is registered, faults in it answer RETRY, and the lock is let go between
+chunks. What changes one host leaf at a time is whole at every moment and needs no registration.
+"""
+
+from libc.string cimport memset
+
+from s2shadow.arch cimport (
+    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_VALID, DESC_XN, FINAL_LEVEL,
+    OA_48, PERM_ALL, level_span, perm_to_s2ap_xn, s2ap_xn_to_perm,
+)
+from s2shadow.atomics cimport fetch_or64, load64, store64
+from s2shadow.combine cimport leaf_desc
+from s2shadow.dirty cimport clear_dirty, dirty_any_logged, dirty_next, dirty_set_range, is_logged, mark_dirty
+from s2shadow.leaf cimport (
+    OP_AGE, OP_DROP, OP_NARROW, drop_everything, evict, mark_young, visit_canonical, visit_context, visit_init, visit_t,
+)
+from s2shadow.memory cimport region_t
+from s2shadow.owed cimport owed_begin, owed_end
+from s2shadow.rmap cimport rmap_is_empty
+from s2shadow.table cimport (
+    arena_has_room, is_table, leaf_added, leaf_removed, next_leaf, page_of, split_block, table_ensure, table_find,
+)
+from s2shadow.vm cimport (
+    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, lock_exclusive, range_t, sched_yield,
+    unlock, vm_t,
+)
+
+cdef enum:
+    SH_ISH = 3
+    NARROW_CHUNK = 4096         # host leaves changed before the lock is let go for a moment
+
+
+cdef inline bint has_reverse_map(const vm_t *vm) noexcept nogil:
+    return vm.teardown == TEARDOWN_REVERSE_MAP
+
+
+cdef inline uint8_t granted_perm(uint64_t desc) noexcept nogil:
+    """What the host grants, also while dirty logging withholds W."""
+    cdef uint8_t perm = s2ap_xn_to_perm(desc, True)
+    return perm | ACCESS_WRITE if desc & DESC_HOST_W else perm
+
+
+cdef void breathe(vm_t *vm) noexcept nogil:
+    """Let others have the lock for a moment."""
+    unlock(&vm.lock)
+    sched_yield()
+    lock_exclusive(&vm.lock)
+
+
+cdef void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Raise host_seq and remember the range: a populate in flight over it must not be installed."""
+    vm.host_seq += 1
+    vm.changes[vm.host_seq % CHANGES_KEPT].start = start
+    vm.changes[vm.host_seq % CHANGES_KEPT].end = end
+
+
+cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t end) noexcept nogil:
+    """Whether the host changed anything in [start, end) after ``seq``; unknown counts as yes."""
+    cdef uint64_t i
+    if vm.host_seq - seq > CHANGES_KEPT:
+        return True
+    for i in range(seq + 1, vm.host_seq + 1):
+        if vm.changes[i % CHANGES_KEPT].start < end and start < vm.changes[i % CHANGES_KEPT].end:
+            return True
+    return False
+
+
+cdef void begin(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
+    lock_exclusive(&vm.lock)
+    change.dropped = 0
+    owed_begin(&vm.owed)
+    vm.invalidations += 1
+    note_change(vm, start, end)
+
+
+cdef void finish(vm_t *vm, change_t *change) noexcept nogil:
+    """The ticket is the newest number: rows that were owed after a breath may have got a later one than the first."""
+    owed_end(&vm.owed)
+    change.ticket = vm.owed.seq
+    unlock(&vm.lock)
+
+
+cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
+    """Remove every shadow leaf that overlaps [start, end), in chunks."""
+    cdef visit_t visit
+    cdef uint32_t at = vm.active_count
+    cdef bint chunked = at < ACTIVE_RANGES
+    if not has_reverse_map(vm):
+        count_kernel_steps(vm)
+        change.dropped += drop_everything(vm)
+        return
+    visit_init(&visit, OP_DROP, start, end)
+    if chunked:
+        vm.active[at].start = start
+        vm.active[at].end = end
+        vm.active_count += 1
+        visit.budget = DROP_CHUNK
+    while not visit_canonical(vm, &visit):
+        breathe(vm)
+        visit.budget = DROP_CHUNK
+    if chunked:
+        forget_active(vm, start, end)
+    change.dropped += visit.dropped
+
+
+cdef void count_kernel_steps(vm_t *vm) noexcept nogil:
+    """Linux walks every valid context's input space in steps of its largest block (stage2_apply_range)."""
+    cdef int step_bits = 30 if vm.arena.granule_bits == 12 else 25 if vm.arena.granule_bits == 14 else 29
+    cdef uint32_t i
+    for i in range(vm.context_count):
+        if vm.contexts[i].valid:
+            vm.kernel_steps += <uint64_t>1 << (vm.features.pa_bits - step_bits)
+
+
+cdef void forget_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Others may have come and gone meanwhile: find our range by its bounds."""
+    cdef uint32_t i
+    for i in range(vm.active_count):
+        if vm.active[i].start == start and vm.active[i].end == end:
+            vm.active_count -= 1
+            vm.active[i] = vm.active[vm.active_count]
+            return
+
+
+cdef void drop_shadows_at_once(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    cdef visit_t visit
+    if not has_reverse_map(vm):
+        drop_everything(vm)
+        return
+    visit_init(&visit, OP_DROP, start, end)
+    visit_canonical(vm, &visit)
+
+
+cdef void remove_host_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
+    leaf_removed(&vm.arena, slot, 0)
+    vm.canonical_leaves -= 1
+
+
+cdef bint split_host_block(vm_t *vm, uint32_t slot, int level) noexcept nogil:
+    if not split_block(&vm.arena, slot, level):
+        return False
+    vm.canonical_leaves += (<uint64_t>1 << vm.arena.slot_bits) - 1
+    return True
+
+
+cdef uint64_t widen_start(vm_t *vm, uint64_t start) noexcept nogil:
+    """Start of the host block that ``start`` lies inside, or ``start``."""
+    cdef int level = 0
+    cdef uint32_t slot = table_find(&vm.arena, &vm.canonical, start, &level)
+    if load64(vm.arena.words + slot) & DESC_VALID:
+        return start & ~(level_span(vm.arena.granule_bits, level) - 1)
+    return start
+
+
+cdef uint64_t widen_end(vm_t *vm, uint64_t end) noexcept nogil:
+    cdef int level = 0
+    cdef uint32_t slot
+    if end >> vm.canonical.ia_bits:
+        return end
+    slot = table_find(&vm.arena, &vm.canonical, end - 1, &level)
+    if load64(vm.arena.words + slot) & DESC_VALID:
+        return ((end - 1) | (level_span(vm.arena.granule_bits, level) - 1)) + 1
+    return end
+
+
+cdef bint split_at(vm_t *vm, uint64_t address) noexcept nogil:
+    """Split the host block that ``address`` lies strictly inside until it is a boundary. False: no page for a table.
+
+    Shadow leaves as large as a block that is split must be gone.
+    """
+    cdef int level = 0
+    cdef uint32_t slot
+    if address >> vm.canonical.ia_bits:
+        return True
+    while True:
+        slot = table_find(&vm.arena, &vm.canonical, address, &level)
+        if not load64(vm.arena.words + slot) & DESC_VALID:
+            return True
+        if not address & (level_span(vm.arena.granule_bits, level) - 1):
+            return True
+        if not split_host_block(vm, slot, level):
+            return False
+
+
+cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
+    """Remove host leaves and their shadows. A block partly covered is split, or dropped whole (also when no table
+    can be had for the split)."""
+    cdef uint64_t at
+    cdef uint32_t slot
+    cdef int level = 0
+    while True:
+        if drop_partial:
+            start = widen_start(vm, start)
+            end = widen_end(vm, end)
+        drop_shadows(vm, start, end, change)
+        if split_at(vm, start) and split_at(vm, end):
+            break
+        drop_partial = True
+    note_change(vm, start, end)
+    at = start
+    while True:
+        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+        if not slot:
+            break
+        remove_host_leaf(vm, slot)
+        at += level_span(vm.arena.granule_bits, level)
+
+
+cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
+    begin(vm, start, end, change)
+    unmap_locked(vm, start, end, drop_partial, change)
+    finish(vm, change)
+
+
+cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const host_attrs_t *attrs) noexcept nogil:
+    """A canonical leaf; W is withheld while any page under it is logged."""
+    cdef uint64_t desc = leaf_desc(pa, level, attrs.perm, attrs.memattr, attrs.sh, vm.features.xnx)
+    if not attrs.young:
+        desc &= ~DESC_AF
+    if attrs.perm & ACCESS_WRITE:
+        desc |= DESC_HOST_W
+        if dirty_any_logged(&vm.dirty, cipa, cipa + level_span(vm.arena.granule_bits, level)):
+            desc &= ~DESC_S2AP_W
+    return desc
+
+
+cdef inline bint is_leaf_level(int granule_bits, int level) noexcept nogil:
+    return level >= 2 or (granule_bits == 12 and level == 1)
+
+
+cdef int best_level(const vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block) noexcept nogil:
+    """Level of the largest leaf that is aligned at both addresses and fits."""
+    cdef int level = 1
+    cdef uint64_t span
+    while level < FINAL_LEVEL:
+        span = level_span(vm.arena.granule_bits, level)
+        if (is_leaf_level(vm.arena.granule_bits, level) and span <= size and span <= max_block
+                and not (cipa | pa) & (span - 1)):
+            break
+        level += 1
+    return level
+
+
+cdef bint put_host_leaf(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const host_attrs_t *attrs) noexcept nogil:
+    """Install a leaf where nothing is mapped; False when a table cannot be had."""
+    cdef int reached = 0
+    cdef uint32_t slot = table_ensure(&vm.arena, &vm.canonical, cipa, level, &reached)
+    if not slot:
+        return False
+    leaf_added(&vm.arena, slot, 0)
+    vm.canonical_leaves += 1
+    store64(vm.arena.words + slot, host_desc(vm, cipa, pa, level, attrs))
+    return True
+
+
+cdef bint same_mapping(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs) noexcept nogil:
+    """Whether [cipa, cipa + size) is mapped to just this already."""
+    cdef uint64_t at = cipa, desc
+    cdef uint32_t slot
+    cdef int level = 0
+    while at < cipa + size:
+        slot = table_find(&vm.arena, &vm.canonical, at, &level)
+        desc = load64(vm.arena.words + slot)
+        if not desc & DESC_VALID or granted_perm(desc) != attrs.perm:
+            return False
+        if desc >> DESC_MEMATTR_SHIFT & 0xF != attrs.memattr or desc >> DESC_SH_SHIFT & 3 != attrs.sh:
+            return False
+        if (desc & OA_48) + (at & (level_span(vm.arena.granule_bits, level) - 1)) != pa + (at - cipa):
+            return False
+        at = (at & ~(level_span(vm.arena.granule_bits, level) - 1)) + level_span(vm.arena.granule_bits, level)
+    return True
+
+
+cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block) noexcept nogil:
+    """Evict shadows until the tables that a mapping may need fit under the bound; False if they cannot."""
+    cdef int granule_bits = vm.arena.granule_bits
+    cdef uint64_t pages = 0, span
+    cdef int level
+    for level in range(vm.canonical.start_level, FINAL_LEVEL):
+        span = level_span(granule_bits, level)
+        pages += 2                          # at the two ends
+        if not is_leaf_level(granule_bits, level) or span > max_block or (cipa ^ pa) & (span - 1):
+            pages += size / span
+    while not arena_has_room(&vm.arena, pages):
+        if not evict(vm, NO_CONTEXT, 0):
+            return arena_has_room(&vm.arena, pages)
+    return True
+
+
+cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs, uint64_t max_block,
+                   change_t *change) noexcept nogil:
+    """Map a range in the largest blocks that fit, in place of what was there. False, and nothing changed, when the
+    tables cannot be had."""
+    cdef uint64_t at = cipa, done = 0
+    cdef int level = 0
+    cdef bint live
+    begin(vm, cipa, cipa + size, change)
+    live = next_leaf(&vm.arena, &vm.canonical, &at, cipa + size, &level) != 0
+    if live and same_mapping(vm, cipa, pa, size, attrs):
+        finish(vm, change)
+        return True
+    if not make_room(vm, cipa, pa, size, max_block):
+        finish(vm, change)
+        return False
+    if live:
+        unmap_locked(vm, cipa, cipa + size, False, change)
+    while done < size:
+        level = best_level(vm, cipa + done, pa + done, size - done, max_block)
+        if not put_host_leaf(vm, cipa + done, pa + done, level, attrs):
+            unmap_locked(vm, cipa, cipa + size, False, change)      # the bound was met before: only the arena itself
+            finish(vm, change)
+            return False
+        done += level_span(vm.arena.granule_bits, level)
+    finish(vm, change)
+    return True
+
+
+cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size, const host_attrs_t *attrs) noexcept nogil:
+    """Map one block on a host fault (exclusive side) where nothing may be mapped; False when a table cannot be had."""
+    cdef int level = best_level(vm, block, pa, size, ~<uint64_t>0)
+    note_change(vm, block, block + size)
+    while not put_host_leaf(vm, block, pa, level, attrs):
+        if not evict(vm, NO_CONTEXT, 0):
+            return False
+    return True
+
+
+cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexcept nogil:
+    """Serve a host fault from the linear policy (exclusive side): 1 mapped, 0 not mappable, -1 no memory."""
+    cdef int level = 0, at
+    cdef uint64_t block, span, pa
+    cdef host_attrs_t attrs
+    attrs.perm = PERM_ALL & ~ACCESS_WRITE if region.readonly else PERM_ALL
+    attrs.memattr = 0x6 if vm.features.fwb else 0xF
+    attrs.sh = SH_ISH
+    attrs.young = 1
+    table_find(&vm.arena, &vm.canonical, cipa, &level)      # nothing is mapped in the block where the descent ended
+    if level < vm.linear_level:
+        level = vm.linear_level
+    for at in range(level, FINAL_LEVEL + 1):
+        if not is_leaf_level(vm.arena.granule_bits, at):
+            continue
+        span = level_span(vm.arena.granule_bits, at)
+        block = cipa & ~(span - 1)
+        if block < region.start or block + span > region.start + region.size:
+            continue
+        if vm.linear_fresh:
+            pa = (vm.fresh_next + span - 1) & ~(span - 1)
+            if (pa + span - 1) >> vm.features.pa_bits:
+                pa = 0                      # the space is used up: start over
+            vm.fresh_next = pa + span
+        else:
+            pa = block + <uint64_t>vm.linear_offset
+            if pa & (span - 1) or pa >> vm.features.pa_bits or (pa + span - 1) >> vm.features.pa_bits:
+                continue
+        return 1 if populate_block(vm, block, pa, span, &attrs) else -1
+    return 0
+
+
+cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
+    """Split the host block around ``cipa`` down to a page and drop the shadow blocks over it; False, with the block
+    dropped, when no table can be had (exclusive side)."""
+    cdef int level = 0
+    cdef uint32_t slot
+    cdef uint64_t span, block
+    while True:
+        slot = table_find(&vm.arena, &vm.canonical, cipa, &level)
+        if not load64(vm.arena.words + slot) & DESC_VALID or level == FINAL_LEVEL:
+            return True
+        span = level_span(vm.arena.granule_bits, level)
+        block = cipa & ~(span - 1)
+        drop_sticking_out(vm, block, block + span, block, block + span / (<uint64_t>1 << vm.arena.slot_bits))
+        note_change(vm, block, block + span)
+        if not split_host_block(vm, slot, level):
+            drop_shadows_at_once(vm, block, block + span)
+            remove_host_leaf(vm, slot)
+            return False
+
+
+cdef void drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t inside_start, uint64_t inside_end) noexcept nogil:
+    """Drop shadow leaves over [start, end) that are larger than [inside_start, inside_end)."""
+    cdef visit_t visit
+    if not has_reverse_map(vm):
+        drop_everything(vm)
+        return
+    # A leaf that sticks out of the first piece and overlaps its start is as large as the whole.
+    visit_init(&visit, OP_NARROW, inside_start, inside_start + 1)
+    visit.whole_start = inside_start
+    visit.whole_end = inside_end
+    visit.keep_perm = PERM_ALL
+    visit.drop_sticking_out = 1
+    visit_canonical(vm, &visit)
+
+
+cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
+    """Give back the W that dirty logging withheld, on a write fault. False: the exclusive side is needed.
+
+    A block with a logged page is split first, so that only the page that is written is marked.
+    """
+    cdef int level = 0
+    cdef uint32_t slot = table_find(&vm.arena, &vm.canonical, cipa, &level)
+    cdef uint64_t span = level_span(vm.arena.granule_bits, level)
+    cdef uint64_t block = cipa & ~(span - 1)
+    if level < FINAL_LEVEL and dirty_any_logged(&vm.dirty, block, block + span):
+        if not exclusive:
+            return False
+        if not split_down(vm, cipa):
+            return True                     # the block is gone: the fault finds nothing and starts over
+        slot = table_find(&vm.arena, &vm.canonical, cipa, &level)
+    mark_dirty(&vm.dirty, cipa)
+    fetch_or64(vm.arena.words + slot, DESC_S2AP_W)
+    return True
+
+
+cdef void narrow_shadows(vm_t *vm, uint64_t start, uint64_t end, uint8_t keep, bint drop_sticking, change_t *change) noexcept nogil:
+    cdef visit_t visit
+    if not has_reverse_map(vm):
+        return                              # done for all contexts beforehand
+    visit_init(&visit, OP_NARROW, start, end)
+    visit.keep_perm = keep
+    visit.drop_sticking_out = drop_sticking
+    visit_canonical(vm, &visit)
+    change.dropped += visit.dropped
+
+
+cdef void narrow_everything(vm_t *vm, uint8_t keep) noexcept nogil:
+    """Without a reverse map, every leaf of every context is narrowed, as Linux does."""
+    cdef visit_t visit
+    cdef uint32_t i
+    if has_reverse_map(vm):
+        return
+    for i in range(vm.context_count):
+        if vm.contexts[i].valid:
+            visit_init(&visit, OP_NARROW, 0, ~<uint64_t>0)
+            visit.keep_perm = keep
+            visit_context(vm, &vm.contexts[i], &visit)
+
+
+cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, uint64_t start, uint64_t end, uint8_t perm,
+                           change_t *change) noexcept nogil:
+    """Change one host leaf inside [start, end), split where it sticks out; where to go on."""
+    cdef uint64_t span = level_span(vm.arena.granule_bits, level)
+    cdef uint64_t first = block if block > start else start
+    cdef uint64_t last = block + span if block + span < end else end
+    cdef uint64_t desc = load64(vm.arena.words + slot), dropped
+    cdef uint8_t old = granted_perm(desc)
+    cdef host_attrs_t attrs
+    if old == perm:
+        return block + span
+    if last - first < span:
+        if has_reverse_map(vm):
+            narrow_shadows(vm, first, last, PERM_ALL, True, change)
+        else:
+            dropped = drop_everything(vm)
+            change.dropped += dropped
+        if not split_at(vm, first) or not split_at(vm, last):
+            drop_shadows_at_once(vm, block, block + span)
+            at_remove(vm, block, block + span)
+            return block + span
+        return first                        # again, with pieces that fit
+    narrow_shadows(vm, first, last, perm, True, change)
+    attrs.perm = perm
+    attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
+    attrs.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+    attrs.young = (desc & DESC_AF) != 0
+    store64(vm.arena.words + slot, host_desc(vm, block, desc & OA_48, level, &attrs))
+    return block + span
+
+
+cdef void at_remove(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Remove the host leaves of a block that could be split only in part."""
+    cdef int level = 0
+    cdef uint64_t at = start
+    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+    while slot:
+        remove_host_leaf(vm, slot)
+        at += level_span(vm.arena.granule_bits, level)
+        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+
+
+cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, change_t *change) noexcept nogil:
+    cdef uint64_t at = start, work = 0
+    cdef int level = 0
+    cdef uint32_t slot
+    begin(vm, start, end, change)
+    narrow_everything(vm, perm)
+    while True:
+        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+        if not slot:
+            break
+        at = protect_leaf(vm, slot, level, at, start, end, perm, change)
+        work += 1
+        if work % NARROW_CHUNK == 0:
+            breathe(vm)
+    note_change(vm, start, end)
+    finish(vm, change)
+
+
+cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
+    """Take W from host leaves that overlap [start, end), and from their shadows, leaf by leaf."""
+    cdef uint64_t at = start, work = 0, span, first, last
+    cdef int level = 0
+    cdef uint32_t slot
+    while True:
+        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+        if not slot:
+            return
+        span = level_span(vm.arena.granule_bits, level)
+        first = at if at > start else start
+        last = at + span if at + span < end else end
+        narrow_shadows(vm, first, last, PERM_ALL & ~ACCESS_WRITE, False, change)
+        store64(vm.arena.words + slot, load64(vm.arena.words + slot) & ~DESC_S2AP_W)
+        at += span
+        work += 1
+        if work % NARROW_CHUNK == 0:
+            breathe(vm)
+
+
+cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, change_t *change) noexcept nogil:
+    """Switch dirty logging of some ranges; the bit arrays must be reserved."""
+    cdef uint32_t i
+    begin(vm, 0, 0, change)
+    for i in range(count):
+        dirty_set_range(&vm.dirty, ranges[i].start, ranges[i].end, on)
+    if on:
+        narrow_everything(vm, PERM_ALL & ~ACCESS_WRITE)
+        for i in range(count):
+            withhold_write(vm, ranges[i].start, ranges[i].end, change)
+    finish(vm, change)
+
+
+cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64_t origin, uint8_t *bitmap) noexcept nogil:
+    """Report, clear and protect again, in one exclusive section: no write falls between."""
+    cdef uint64_t page = <uint64_t>1 << vm.arena.granule_bits, at
+    cdef uint32_t i, slot
+    cdef int level = 0
+    cdef change_t change
+    begin(vm, 0, 0, &change)
+    narrow_everything(vm, PERM_ALL & ~ACCESS_WRITE)
+    for i in range(count):
+        at = dirty_next(&vm.dirty, ranges[i].start, ranges[i].end)
+        while at < ranges[i].end:
+            mark_young(bitmap, vm.arena.granule_bits, origin, at, at + page)
+            clear_dirty(&vm.dirty, at)
+            narrow_shadows(vm, at, at + page, PERM_ALL & ~ACCESS_WRITE, False, &change)
+            slot = table_find(&vm.arena, &vm.canonical, at, &level)
+            if load64(vm.arena.words + slot) & DESC_VALID:
+                store64(vm.arena.words + slot, load64(vm.arena.words + slot) & ~DESC_S2AP_W)
+            at = dirty_next(&vm.dirty, at + page, ranges[i].end)
+    finish(vm, &change)
+
+
+cdef void host_age(vm_t *vm, uint64_t start, uint64_t end, bint clear, uint8_t *bitmap) noexcept nogil:
+    """OR the access flags of host and shadow leaves into ``bitmap``; clear them if asked. Owes no TLBI."""
+    cdef visit_t visit
+    cdef uint64_t at = start, span, desc
+    cdef int level = 0
+    cdef uint32_t slot
+    lock_exclusive(&vm.lock)
+    while True:
+        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+        if not slot:
+            break
+        span = level_span(vm.arena.granule_bits, level)
+        desc = load64(vm.arena.words + slot)
+        if desc & DESC_AF:
+            mark_young(bitmap, vm.arena.granule_bits, start, at if at > start else start,
+                       at + span if at + span < end else end)
+            if clear:
+                store64(vm.arena.words + slot, desc & ~DESC_AF)
+        at += span
+    if has_reverse_map(vm):
+        visit_init(&visit, OP_AGE, start, end)
+        visit.clear_young = clear
+        visit.bitmap = bitmap
+        visit_canonical(vm, &visit)
+    unlock(&vm.lock)

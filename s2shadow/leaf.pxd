@@ -1,0 +1,40 @@
+# Shadow leaves as the rest of the engine sees them: with reverse-map links, counts and owed maintenance in step.
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from s2shadow.vm cimport context_t, vm_t
+
+ctypedef enum leaf_op_t:
+    OP_DROP
+    OP_NARROW                   # keep only ``keep_perm``; drop leaves that stick out of [whole_start, whole_end) if asked
+    OP_AGE                      # note and, if asked, clear the access flag
+
+# One visit of shadow leaves: by canonical range (``visit_canonical``) or by context (``visit_context``).
+ctypedef struct visit_t:
+    leaf_op_t op
+    uint64_t start              # what is visited: cIPA, or IPA of the context
+    uint64_t end
+    uint64_t whole_start        # canonical range that a leaf must lie in not to stick out
+    uint64_t whole_end
+    uint64_t budget             # leaves that may still be dropped before the visit has to pause
+    uint64_t dropped
+    uint8_t keep_perm
+    uint8_t drop_sticking_out
+    uint8_t clear_young
+    uint8_t tags                # guest levels that a context visit takes: bit level + 2
+    uint8_t *bitmap             # OP_AGE: one bit per host page of [whole_start, whole_end)
+
+cdef enum:
+    ALL_TAGS = 0x3F
+
+cdef void visit_init(visit_t *visit, leaf_op_t op, uint64_t start, uint64_t end) noexcept nogil
+cdef bint visit_canonical(vm_t *vm, visit_t *visit) noexcept nogil
+cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil
+cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil
+cdef void drop_below(vm_t *vm, uint32_t slot) noexcept nogil
+cdef void drop_tables(vm_t *vm, context_t *context) noexcept nogil
+cdef uint64_t drop_everything(vm_t *vm) noexcept nogil
+cdef void mark_young(uint8_t *bitmap, int page_bits, uint64_t origin, uint64_t start, uint64_t end) noexcept nogil
+cdef bint shadow_cipa(const vm_t *vm, uint32_t slot, uint64_t *cipa) noexcept nogil
+cdef bint is_empty(const vm_t *vm, const context_t *context) noexcept nogil
+cdef bint evict(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil

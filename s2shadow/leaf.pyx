@@ -1,0 +1,323 @@
+"""Visiting and removing shadow leaves. Everything here runs on the exclusive side."""
+
+from libc.string cimport memset
+
+from s2shadow.arch cimport DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, level_shift, level_span, perm_to_s2ap_xn, s2ap_xn_to_perm
+from s2shadow.atomics cimport load32, load64, store64
+from s2shadow.owed cimport owe_context, owe_leaf
+from s2shadow.rmap cimport leaf_cipa, link_next, node_t, pin_node, rmap_is_empty, rmap_unlink, unpin_node
+from s2shadow.table cimport (
+    CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaf_removed, page_of, page_t, pin_page,
+    slot_ipa, unpin_page,
+)
+from s2shadow.vm cimport TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, read_tag, vm_t
+
+
+cdef void visit_init(visit_t *visit, leaf_op_t op, uint64_t start, uint64_t end) noexcept nogil:
+    memset(visit, 0, sizeof(visit_t))
+    visit.op = op
+    visit.start = start
+    visit.end = end
+    visit.whole_start = start
+    visit.whole_end = end
+    visit.budget = ~<uint64_t>0
+    visit.tags = ALL_TAGS
+
+
+cdef bint shadow_cipa(const vm_t *vm, uint32_t slot, uint64_t *cipa) noexcept nogil:
+    """cIPA of a shadow leaf's block; False if that is not cheap to tell."""
+    if vm.teardown == TEARDOWN_REVERSE_MAP:
+        return leaf_cipa(&vm.rmap, slot, cipa)
+    cipa[0] = vm.arena.links[slot]          # without a reverse map the cIPA stands in the links' place
+    return True
+
+
+cdef inline int leaf_level(const vm_t *vm, uint32_t slot) noexcept nogil:
+    return vm.arena.pages[page_of(&vm.arena, slot)].level
+
+
+cdef void owe_slot(vm_t *vm, uint32_t slot) noexcept nogil:
+    cdef const page_t *page = &vm.arena.pages[page_of(&vm.arena, slot)]
+    cdef uint64_t ipa = slot_ipa(&vm.arena, slot)
+    owe_leaf(&vm.owed, page.context, ipa, ipa + level_span(vm.arena.granule_bits, page.level), page.level)
+
+
+cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
+    """Remove one live leaf from its table, its list and the counts."""
+    cdef uint64_t desc = load64(vm.arena.words + slot)
+    if vm.teardown == TEARDOWN_REVERSE_MAP:
+        rmap_unlink(&vm.rmap, slot)
+    owe_slot(vm, slot)
+    leaf_removed(&vm.arena, slot, <int>read_tag(desc))
+    vm.removed += 1
+
+
+cdef void narrow_leaf(vm_t *vm, uint32_t slot, uint8_t keep) noexcept nogil:
+    """Take away every permission but ``keep``."""
+    cdef uint64_t desc = load64(vm.arena.words + slot)
+    cdef uint8_t perm = s2ap_xn_to_perm(desc, True)
+    if not perm & ~keep:
+        return
+    desc &= ~(<uint64_t>0xC0 | DESC_XN)
+    store64(vm.arena.words + slot, desc | perm_to_s2ap_xn(perm & keep, vm.features.xnx))
+    owe_slot(vm, slot)
+    vm.narrowed += 1
+
+
+cdef void mark_young(uint8_t *bitmap, int page_bits, uint64_t origin, uint64_t start, uint64_t end) noexcept nogil:
+    """Set the bits of the pages of [start, end)."""
+    cdef uint64_t page
+    for page in range((start - origin) >> page_bits, (end - origin) >> page_bits):
+        bitmap[page >> 3] |= <uint8_t>(1 << (page & 7))
+
+
+cdef void age_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) noexcept nogil:
+    cdef uint64_t desc = load64(vm.arena.words + slot)
+    cdef uint64_t end = block + level_span(vm.arena.granule_bits, leaf_level(vm, slot))
+    if not desc & DESC_AF:
+        return
+    mark_young(visit.bitmap, vm.arena.granule_bits, visit.whole_start,
+               block if block > visit.whole_start else visit.whole_start,
+               end if end < visit.whole_end else visit.whole_end)
+    if visit.clear_young:
+        store64(vm.arena.words + slot, desc & ~DESC_AF)
+
+
+cdef bint visit_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) noexcept nogil:
+    """Apply the operation to one leaf whose cIPA block starts at ``block``; False when the budget is spent."""
+    cdef bint drops = visit.op == OP_DROP
+    cdef uint64_t end
+    if visit.op == OP_AGE:
+        age_leaf(vm, slot, visit, block)
+        return True
+    if visit.op == OP_NARROW and visit.drop_sticking_out:
+        end = block + level_span(vm.arena.granule_bits, leaf_level(vm, slot))
+        drops = block < visit.whole_start or end > visit.whole_end
+    if not drops:
+        narrow_leaf(vm, slot, visit.keep_perm)
+        return True
+    if visit.budget == 0:
+        return False
+    visit.budget -= 1
+    visit.dropped += 1
+    drop_leaf(vm, slot)
+    return True
+
+
+cdef bint visit_list(vm_t *vm, uint32_t head, visit_t *visit, uint64_t block) noexcept nogil:
+    cdef uint32_t slot = load32(vm.rmap.heads + head), following
+    while slot:
+        following = load32(link_next(&vm.arena, slot))
+        if not visit_leaf(vm, slot, visit, block):
+            return False
+        slot = following
+    return True
+
+
+cdef bint visit_node(vm_t *vm, uint32_t node, visit_t *visit) noexcept nogil:
+    """Every list of a node and below that overlaps the range; False when the budget is spent."""
+    cdef node_t *meta = &vm.rmap.nodes[node]
+    cdef int shift = level_shift(vm.arena.granule_bits, meta.level)
+    cdef uint64_t first = 0, last = (<uint64_t>1 << vm.arena.slot_bits) - 1, i
+    cdef uint32_t name, child
+    cdef bint complete = True
+    if visit.start > meta.cipa:
+        first = (visit.start - meta.cipa) >> shift
+    if (visit.end - 1 - meta.cipa) >> shift < last:
+        last = (visit.end - 1 - meta.cipa) >> shift
+    pin_node(&vm.rmap, node)
+    for i in range(first, last + 1):
+        name = <uint32_t>((<uint64_t>node << vm.arena.slot_bits) + i)
+        if load32(vm.rmap.heads + name):
+            if not visit_list(vm, name, visit, meta.cipa + (i << shift)):
+                complete = False
+                break
+        if meta.level < FINAL_LEVEL:
+            child = load32(vm.rmap.children + name)
+            if child and not visit_node(vm, child, visit):
+                complete = False
+                break
+    unpin_node(&vm.rmap, node)
+    return complete
+
+
+cdef bint visit_canonical(vm_t *vm, visit_t *visit) noexcept nogil:
+    """Every shadow leaf, of any context, that overlaps [start, end) of cIPA; False when the budget is spent.
+
+    Costs the leaves it meets and the nodes that are there. Reverse map only.
+    """
+    if visit.start >= visit.end or rmap_is_empty(&vm.rmap):
+        return True
+    return visit_node(vm, vm.rmap.root, visit)
+
+
+cdef bint holds_any(const page_t *page, uint8_t tags) noexcept nogil:
+    cdef int tag
+    for tag in range(GUEST_LEVELS):
+        if tags >> tag & 1 and page.holds[tag]:
+            return True
+    return False
+
+
+cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
+    """Every leaf of a table page and below that overlaps the range and has one of the guest levels."""
+    cdef page_t *meta = &vm.arena.pages[page]
+    cdef int shift = level_shift(vm.arena.granule_bits, meta.level)
+    cdef uint64_t first = 0, last = (<uint64_t>1 << vm.arena.slot_bits) - 1, i, desc, block = 0
+    cdef uint32_t slot
+    cdef bint complete = True
+    if not holds_any(meta, visit.tags):
+        return True
+    if visit.end <= meta.ipa or visit.start > meta.ipa + ((last + 1) << shift) - 1:
+        return True
+    if visit.start > meta.ipa:
+        first = (visit.start - meta.ipa) >> shift
+    if (visit.end - 1 - meta.ipa) >> shift < last:
+        last = (visit.end - 1 - meta.ipa) >> shift
+    pin_page(&vm.arena, page)
+    for i in range(first, last + 1):
+        slot = <uint32_t>((<uint64_t>page << vm.arena.slot_bits) + i)
+        desc = load64(vm.arena.words + slot)
+        if not desc & DESC_VALID:
+            continue
+        if is_table(desc, meta.level):
+            complete = visit_page(vm, child_page(&vm.arena, desc), visit)
+        elif visit.tags >> read_tag(desc) & 1:
+            complete = visit_leaf(vm, slot, visit, block)
+        if not complete:
+            break
+    unpin_page(&vm.arena, page)
+    return complete
+
+
+cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil:
+    """Every leaf of a context that overlaps [start, end) of its IPA; False when the budget is spent."""
+    cdef uint32_t i
+    for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
+        if not visit_page(vm, context.shadow.root + i, visit):
+            return False
+    return True
+
+
+cdef bint is_empty(const vm_t *vm, const context_t *context) noexcept nogil:
+    cdef uint32_t i
+    for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
+        if vm.arena.pages[context.shadow.root + i].live:
+            return False
+    return True
+
+
+cdef void drop_below(vm_t *vm, uint32_t slot) noexcept nogil:
+    """Remove every leaf under the table that ``slot`` points to, and with them the table."""
+    cdef visit_t visit
+    visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
+    visit_page(vm, child_page(&vm.arena, load64(vm.arena.words + slot)), &visit)
+
+
+cdef void drop_tables_in(vm_t *vm, uint32_t page) noexcept nogil:
+    cdef page_t *meta = &vm.arena.pages[page]
+    cdef uint64_t i, desc
+    cdef uint32_t slot, child
+    if not meta.live:
+        return
+    pin_page(&vm.arena, page)
+    for i in range(<uint64_t>1 << vm.arena.slot_bits):
+        slot = <uint32_t>((<uint64_t>page << vm.arena.slot_bits) + i)
+        desc = load64(vm.arena.words + slot)
+        if is_table(desc, meta.level):
+            child = child_page(&vm.arena, desc)
+            if meta.level + 1 < FINAL_LEVEL:
+                drop_tables_in(vm, child)
+            else:
+                vm.removed += vm.arena.pages[child].live
+                drop_page_whole(&vm.arena, child)
+        elif desc & DESC_VALID:
+            drop_leaf(vm, slot)
+    unpin_page(&vm.arena, page)
+
+
+cdef void drop_tables(vm_t *vm, context_t *context) noexcept nogil:
+    """Empty a context by whole tables, without looking at their leaves. Only where there is no reverse map."""
+    cdef uint32_t i
+    for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
+        drop_tables_in(vm, context.shadow.root + i)
+
+
+cdef uint64_t drop_everything(vm_t *vm) noexcept nogil:
+    """Empty every context, one leaf after the other or by tables as the policy says; how many leaves went."""
+    cdef uint64_t before = vm.removed
+    cdef uint32_t i
+    cdef visit_t visit
+    for i in range(vm.context_count):
+        if not vm.contexts[i].valid or is_empty(vm, &vm.contexts[i]):
+            continue
+        owe_context(&vm.owed, i)
+        if vm.teardown != TEARDOWN_BLOW_AWAY_LEAN:
+            visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
+            visit_context(vm, &vm.contexts[i], &visit)
+        else:
+            drop_tables(vm, &vm.contexts[i])
+    return vm.removed - before
+
+
+cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:
+    """Empty the least recently used context that no vCPU holds."""
+    cdef context_t *context
+    cdef context_t *coldest = NULL
+    cdef uint32_t i, at = 0
+    cdef visit_t visit
+    for i in range(vm.context_count):
+        context = &vm.contexts[i]
+        if context.valid and not context.refs and i != keep and not is_empty(vm, context):
+            if coldest == NULL or context.last_used < coldest.last_used:
+                coldest = context
+                at = i
+    if coldest == NULL:
+        return False
+    owe_context(&vm.owed, at)
+    visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
+    visit_context(vm, coldest, &visit)
+    return True
+
+
+cdef bint evict_leaf_table(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil:
+    """Empty one shadow table of pages, in turn; not the one that is about to be used."""
+    cdef arena_t *arena = &vm.arena
+    cdef uint32_t looked, page
+    cdef page_t *meta
+    cdef visit_t visit
+    for looked in range(arena.next_page):
+        vm.evict_hand = vm.evict_hand + 1 if vm.evict_hand + 1 < arena.next_page else 1
+        page = vm.evict_hand
+        meta = &arena.pages[page]
+        if meta.context == CANONICAL or meta.level != FINAL_LEVEL or not meta.live:
+            continue
+        if not (meta.in_use or meta.is_root):
+            continue
+        if meta.context == keep_context and keep_ipa - meta.ipa < level_span(arena.granule_bits, FINAL_LEVEL - 1):
+            continue
+        visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
+        visit_page(vm, page, &visit)
+        return True
+    return False
+
+
+cdef bint evict_any_context(vm_t *vm) noexcept nogil:
+    """The last resort: empty contexts that are in use too, one at a time."""
+    cdef uint32_t i
+    cdef visit_t visit
+    for i in range(vm.context_count):
+        if vm.contexts[i].valid and not is_empty(vm, &vm.contexts[i]):
+            owe_context(&vm.owed, i)
+            visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
+            visit_context(vm, &vm.contexts[i], &visit)
+            return True
+    return False
+
+
+cdef bint evict(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil:
+    """Make room: a cold context, else a leaf table, else any context; False when no shadow leaf is left."""
+    if evict_cold_context(vm, keep_context) or evict_leaf_table(vm, keep_context, keep_ipa) or evict_any_context(vm):
+        vm.evictions += 1
+        return True
+    return False

@@ -1,0 +1,81 @@
+# L1's physical memory as a walker sees it, and the one seam through which descriptors are read and swapped.
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from s2shadow.arch cimport byteswap64
+from s2shadow.atomics cimport cas64, load64
+
+ctypedef struct region_t:
+    uint64_t start
+    uint64_t size
+    uint8_t *host               # NULL for a device region
+    uint8_t readonly
+    uint8_t device
+
+# An immutable list of regions, sorted by start. Changes publish a new one.
+ctypedef struct region_map_t:
+    uint32_t count
+    region_t *regions
+
+# One reader's window: the map it uses and the region it last hit (one compare on the fast path).
+ctypedef struct mem_view_t:
+    const region_map_t *map
+    uint64_t epoch
+    region_t last
+
+ctypedef enum cas_result_t:
+    CAS_DONE
+    CAS_LOST
+    CAS_REFUSED
+
+cdef const region_t *find_region_slow(mem_view_t *view, uint64_t address) noexcept nogil
+
+
+cdef inline const region_t *find_region(mem_view_t *view, uint64_t address) noexcept nogil:
+    """The region that holds ``address``, or NULL."""
+    if address - view.last.start < view.last.size:
+        return &view.last
+    return find_region_slow(view, address)
+
+
+cdef inline bint read_desc(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *desc) noexcept nogil:
+    """Read one descriptor (8-byte aligned); False where no RAM is."""
+    cdef const region_t *region = find_region(view, address)
+    if region == NULL or region.host == NULL:
+        return False
+    desc[0] = load64(<const uint64_t *>(region.host + (address - region.start)))
+    if big_endian:
+        desc[0] = byteswap64(desc[0])
+    return True
+
+
+cdef inline cas_result_t cas_desc(mem_view_t *view, uint64_t address, bint big_endian,
+                                  uint64_t *expected, uint64_t desired) noexcept nogil:
+    """Swap a descriptor that still holds ``expected``; when lost, ``expected`` becomes what is there."""
+    cdef const region_t *region = find_region(view, address)
+    cdef uint64_t seen
+    if region == NULL or region.host == NULL or region.readonly:
+        return CAS_REFUSED
+    seen = byteswap64(expected[0]) if big_endian else expected[0]
+    if cas64(<uint64_t *>(region.host + (address - region.start)), &seen,
+             byteswap64(desired) if big_endian else desired):
+        return CAS_DONE
+    expected[0] = byteswap64(seen) if big_endian else seen
+    return CAS_LOST
+
+
+cdef class GuestMemory:
+    cdef region_map_t *map
+    cdef uint64_t epoch
+    cdef uint32_t users          # engines, and walks that run without the GIL
+    cdef list owners             # of map.regions, in step
+    cdef list retired            # maps that a user may still read
+    cdef object lock
+    cdef object __weakref__
+
+    cdef void pin(self, mem_view_t *view) noexcept
+    cdef void unpin(self) noexcept
+    cdef void refresh(self, mem_view_t *view) noexcept nogil
+    cdef int publish(self, region_map_t *map) except -1
+    cdef int insert(self, const region_t *region, object owner) except -1
+    cdef uint8_t *piece(self, uint64_t cipa, size_t wanted, bint writing, size_t *length) except NULL

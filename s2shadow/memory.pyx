@@ -1,0 +1,306 @@
+"""L1's physical memory: engine-owned sparse regions, zero-copy buffers, device regions."""
+
+import threading
+from collections import namedtuple
+
+from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from s2shadow.atomics cimport fetch_add32, load32, load64, load_pointer, store_pointer, store64
+from s2shadow.vmem cimport release, reserve
+
+PAGE = 4096
+ADDRESS_LIMIT = 1 << 52
+
+Region = namedtuple("Region", "start size readonly device")
+Region.__doc__ = "One region of L1's physical memory: start and size in bytes, and what it is."
+
+
+cdef const region_t *find_region_slow(mem_view_t *view, uint64_t address) noexcept nogil:
+    cdef uint32_t low = 0, high = view.map.count, middle
+    cdef const region_t *region
+    while low < high:
+        middle = (low + high) >> 1
+        region = &view.map.regions[middle]
+        if address < region.start:
+            high = middle
+        elif address - region.start >= region.size:
+            low = middle + 1
+        else:
+            view.last = region[0]
+            return &view.last
+    return NULL
+
+
+cdef class _SparseBacking:
+    """Anonymous memory, committed page by page as it is touched."""
+
+    cdef void *address
+    cdef size_t size
+
+    def __cinit__(self, size_t size):
+        self.size = 0
+        self.address = reserve(size)
+        if self.address == NULL:
+            raise MemoryError(f"cannot reserve {size} bytes of address space for a memory region")
+        self.size = size
+
+    def __dealloc__(self):
+        if self.size:
+            release(self.address, self.size)
+
+
+cdef class _BufferBacking:
+    """A buffer held open: its owner can neither free nor resize it."""
+
+    cdef Py_buffer view
+    cdef bint held
+
+    def __cinit__(self, buffer, bint readonly):
+        self.held = False
+        try:
+            PyObject_GetBuffer(buffer, &self.view, PyBUF_C_CONTIGUOUS if readonly else PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
+        except (BufferError, ValueError, TypeError) as error:
+            if isinstance(error, TypeError):
+                raise TypeError(f"buffer must support the buffer protocol, got {type(buffer).__name__}") from None
+            hint = "" if readonly else " (a read-only buffer needs readonly=True)"
+            raise ValueError(f"buffer cannot be used: {error}{hint}") from None
+        self.held = True
+
+    def __dealloc__(self):
+        if self.held:
+            PyBuffer_Release(&self.view)
+
+
+cdef region_map_t *new_map(uint32_t count) except NULL:
+    cdef region_map_t *map = <region_map_t *>malloc(sizeof(region_map_t) + count * sizeof(region_t))
+    if map == NULL:
+        raise MemoryError("region list")
+    map.count = count
+    map.regions = <region_t *>(map + 1)
+    return map
+
+
+cdef class _RetiredMap:
+    cdef region_map_t *map
+
+    def __dealloc__(self):
+        free(self.map)
+
+
+cdef class GuestMemory:
+    """L1's physical memory (cIPA space), a set of regions that do not overlap.
+
+    Addresses and sizes are bytes and multiples of 4096, below 2^52. Engine-owned regions are zero-filled and
+    committed as they are touched, so a region of 1 TiB costs nothing until used.
+
+    Thread safety: regions may be added while walks run; a region cannot be removed while any walk runs or while
+    a ``NestedVM`` uses this memory (``ValueError``).
+    """
+
+    def __cinit__(self):
+        self.map = new_map(0)
+        self.owners = []
+        self.retired = []
+        self.lock = threading.Lock()
+
+    def __dealloc__(self):
+        free(self.map)
+
+    cdef void pin(self, mem_view_t *view) noexcept:
+        """Start using the current map from a thread without the GIL; pair with ``unpin``."""
+        fetch_add32(&self.users, 1)
+        view.epoch = 0
+        view.last.size = 0
+        view.map = NULL
+        self.refresh(view)
+
+    cdef void unpin(self) noexcept:
+        fetch_add32(&self.users, <uint32_t>-1)
+
+    cdef void refresh(self, mem_view_t *view) noexcept nogil:
+        """Take over a newer map, if there is one. Regions only come while a user is there, so hits stay right."""
+        cdef uint64_t epoch = load64(&self.epoch)
+        if view.map == NULL or view.epoch != epoch:
+            view.map = <const region_map_t *>load_pointer(<void *const *>&self.map)
+            view.epoch = epoch
+            view.last.size = 0
+
+    cdef int publish(self, region_map_t *map) except -1:
+        cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)
+        old.map = self.map
+        store_pointer(<void **>&self.map, map)
+        store64(&self.epoch, self.epoch + 1)
+        self.retired.append(old)
+        if load32(&self.users) == 0:
+            self.retired.clear()
+        return 0
+
+    def add(self, uint64_t cipa, size=None, *, buffer=None, bint readonly=False, bint device=False):
+        """Add a region at ``cipa``: engine-owned of ``size`` bytes, over ``buffer`` without a copy, or a device.
+
+        ``readonly`` is what L1 sees; a read-only buffer needs it. Raises ``ValueError`` for an unaligned base or
+        size, a zero size, an overlap, or a buffer that is read-only, not C-contiguous, released or not 8-byte
+        aligned; ``MemoryError`` when the address space is exhausted. Nothing is changed then.
+        """
+        cdef region_t region
+        cdef _SparseBacking sparse
+        cdef _BufferBacking held
+        owner = None
+        region.host = NULL
+        if buffer is not None:
+            if device:
+                raise ValueError("a device region has no buffer")
+            held = _BufferBacking(buffer, readonly)
+            if size is not None and size != held.view.len:
+                raise ValueError(f"size {size} differs from the buffer's {held.view.len} bytes")
+            size = held.view.len
+            region.host = <uint8_t *>held.view.buf
+            if size and <uint64_t>region.host & 7:
+                raise ValueError("buffer is not 8-byte aligned in host memory")
+            owner = held
+        elif size is None:
+            raise TypeError("add() needs a size or a buffer")
+        size = int(size)
+        self._check_range(cipa, size)
+        with self.lock:
+            self._check_overlap(cipa, size)
+            if buffer is None and not device:
+                sparse = _SparseBacking(size)
+                region.host = <uint8_t *>sparse.address
+                owner = sparse
+            region.start = cipa
+            region.size = size
+            region.readonly = readonly
+            region.device = device
+            self.insert(&region, owner)
+
+    @staticmethod
+    def _check_range(uint64_t cipa, size):
+        if size <= 0:
+            raise ValueError(f"size must be positive, got {size}")
+        if cipa % PAGE:
+            raise ValueError(f"base {cipa:#x} is not aligned to {PAGE} bytes")
+        if size % PAGE:
+            raise ValueError(f"size {size:#x} is not a multiple of {PAGE} bytes")
+        if cipa + size > ADDRESS_LIMIT:
+            raise ValueError(f"region [{cipa:#x}, {cipa + size:#x}) reaches beyond 52 bits")
+
+    def _check_overlap(self, uint64_t cipa, size):
+        cdef uint32_t i
+        for i in range(self.map.count):
+            start, end = self.map.regions[i].start, self.map.regions[i].start + self.map.regions[i].size
+            if cipa < end and start < cipa + size:
+                raise ValueError(f"region [{cipa:#x}, {cipa + size:#x}) overlaps [{start:#x}, {end:#x})")
+
+    cdef int insert(self, const region_t *region, object owner) except -1:
+        cdef uint32_t i, at = 0, count = self.map.count
+        cdef region_map_t *map = new_map(count + 1)
+        while at < count and self.map.regions[at].start < region.start:
+            at += 1
+        for i in range(at):
+            map.regions[i] = self.map.regions[i]
+        map.regions[at] = region[0]
+        for i in range(at, count):
+            map.regions[i + 1] = self.map.regions[i]
+        self.owners.insert(at, owner)
+        return self.publish(map)
+
+    def remove(self, uint64_t cipa):
+        """Remove the region that starts at ``cipa``; ``ValueError`` if none does or if it is in use."""
+        cdef uint32_t i, at = 0, count
+        cdef region_map_t *map
+        with self.lock:
+            count = self.map.count
+            while at < count and self.map.regions[at].start != cipa:
+                at += 1
+            if at == count:
+                raise ValueError(f"no region starts at {cipa:#x}")
+            if load32(&self.users):
+                raise ValueError(f"region at {cipa:#x} is in use by an engine or a running walk")
+            map = new_map(count - 1)
+            for i in range(count - 1):
+                map.regions[i] = self.map.regions[i if i < at else i + 1]
+            del self.owners[at]
+            self.publish(map)
+
+    cdef uint8_t *piece(self, uint64_t cipa, size_t wanted, bint writing, size_t *length) except NULL:
+        """Host address of ``cipa`` and how many of the ``wanted`` bytes are there."""
+        cdef uint32_t i
+        cdef region_t *region
+        for i in range(self.map.count):
+            region = &self.map.regions[i]
+            if cipa >= region.start and cipa - region.start < region.size:
+                if region.device:
+                    raise ValueError(f"{cipa:#x} is in a device region")
+                if writing and region.readonly:
+                    raise ValueError(f"{cipa:#x} is in a read-only region")
+                length[0] = min(wanted, region.size - (cipa - region.start))
+                return region.host + (cipa - region.start)
+        raise ValueError(f"{cipa:#x} is outside every region")
+
+    def read(self, uint64_t cipa, size_t n):
+        """``n`` bytes at ``cipa``; adjacent regions read as one. ``ValueError`` outside RAM."""
+        cdef size_t length = 0, done = 0
+        cdef const uint8_t *host
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, n)
+        cdef char *out = data
+        with self.lock:
+            while done < n:
+                host = self.piece(cipa + done, n - done, False, &length)
+                memcpy(out + done, host, length)
+                done += length
+        return data
+
+    def write(self, uint64_t cipa, data):
+        """Write bytes at ``cipa``; nothing is written if any part is outside writable RAM (``ValueError``)."""
+        cdef const uint8_t[::1] source = memoryview(data).cast("B")
+        cdef size_t n = source.shape[0], length = 0, done = 0
+        cdef uint8_t *host
+        with self.lock:
+            while done < n:
+                self.piece(cipa + done, n - done, True, &length)
+                done += length
+            done = 0
+            while done < n:
+                host = self.piece(cipa + done, n - done, True, &length)
+                memcpy(host, &source[done], length)
+                done += length
+
+    def read64(self, uint64_t cipa):
+        """The little-endian 64-bit word at ``cipa`` (8-byte aligned)."""
+        cdef size_t length = 0
+        if cipa & 7:
+            raise ValueError(f"{cipa:#x} is not 8-byte aligned")
+        with self.lock:
+            return load64(<const uint64_t *>self.piece(cipa, 8, False, &length))
+
+    def write64(self, uint64_t cipa, uint64_t value):
+        """Store a little-endian 64-bit word at ``cipa`` (8-byte aligned), in one piece."""
+        cdef size_t length = 0
+        if cipa & 7:
+            raise ValueError(f"{cipa:#x} is not 8-byte aligned")
+        with self.lock:
+            store64(<uint64_t *>self.piece(cipa, 8, True, &length), value)
+
+    @property
+    def regions(self):
+        """The regions, sorted by start: tuple of ``Region(start, size, readonly, device)``."""
+        cdef uint32_t i
+        with self.lock:
+            return tuple([Region(self.map.regions[i].start, self.map.regions[i].size,
+                                 bool(self.map.regions[i].readonly), bool(self.map.regions[i].device))
+                          for i in range(self.map.count)])
+
+    def load_tables(self, snapshot, which="auto"):
+        """Load a capture's table pages at their addresses, with RAM around them -> ``Capture``.
+
+        ``which``: ``"l1"`` takes l1_tables.npz, ``"host"`` tables.npz, ``"auto"`` the former where it exists.
+        """
+        from s2shadow.capture import load_tables
+        return load_tables(self, snapshot, which=which)
+
+    def __repr__(self):
+        return f"GuestMemory({len(self.owners)} regions, {sum(r.size for r in self.regions):#x} bytes)"

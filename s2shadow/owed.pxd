@@ -1,0 +1,45 @@
+# TLB maintenance that L0 owes its hardware: a queue in order of operations, with a bound.
+
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from s2shadow.table cimport pthread_mutex_t
+
+cdef enum:
+    TLBI_VMALLS12 = 0
+    TLBI_IPA = 1
+    TLBI_VMALL = 4
+    LEVEL_ANY = -2
+    FIRST_CONTEXT_VMID = 2      # host VMID of context 0; 0 is reserved, 1 is the canonical table's
+
+# The layout of HW_TLBI_DTYPE.
+ctypedef struct hw_tlbi_t:
+    uint64_t seq
+    uint8_t op
+    uint16_t host_vmid
+    uint64_t start
+    uint64_t end
+    int8_t level
+    uint16_t asid
+    uint8_t last_level
+
+ctypedef struct owed_t:
+    hw_tlbi_t *rows
+    uint32_t count
+    uint32_t capacity
+    uint32_t contexts
+    uint64_t seq                # of the operation under way, or of the last one
+    uint8_t *whole              # by context: a VMALLS12 is queued and covers what comes
+    uint8_t *touched            # by context: this operation owes it a VMALL at the end
+    uint16_t *touched_list
+    uint32_t touched_count
+    uint8_t track
+    pthread_mutex_t lock
+
+cdef bint owed_init(owed_t *owed, uint32_t contexts, bint track) noexcept nogil
+cdef void owed_destroy(owed_t *owed) noexcept nogil
+cdef uint64_t owed_begin(owed_t *owed) noexcept nogil
+cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil
+cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil
+cdef void owed_end(owed_t *owed) noexcept nogil
+cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil
+cdef uint32_t owed_take(owed_t *owed, hw_tlbi_t *out, uint32_t limit) noexcept nogil

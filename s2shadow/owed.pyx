@@ -1,0 +1,145 @@
+"""The queue of owed TLB maintenance.
+
+An operation is one host change, one TLBI or one relaxed leaf. All its rows carry its number, which is also the
+ticket that the caller gets. A removed or narrowed leaf owes an invalidation by IPA, and the operation one of the
+whole stage 1 of each context that it touched: combined entries survive an invalidation by IPA (Arm ARM, TLBI
+IPAS2E1). When the queue is full it collapses to one VMALLS12 for each context that has rows.
+"""
+
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memmove, memset
+
+from s2shadow.table cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+
+cdef enum:
+    CAPACITY = 8192
+
+
+cdef bint owed_init(owed_t *owed, uint32_t contexts, bint track) noexcept nogil:
+    memset(owed, 0, sizeof(owed_t))
+    owed.contexts = contexts
+    owed.track = track
+    owed.capacity = CAPACITY if contexts * 2 < CAPACITY else contexts * 2
+    owed.rows = <hw_tlbi_t *>calloc(owed.capacity, sizeof(hw_tlbi_t))
+    owed.whole = <uint8_t *>calloc(contexts, 1)
+    owed.touched = <uint8_t *>calloc(contexts, 1)
+    owed.touched_list = <uint16_t *>calloc(contexts, sizeof(uint16_t))
+    pthread_mutex_init(&owed.lock, NULL)
+    return owed.rows != NULL and owed.whole != NULL and owed.touched != NULL and owed.touched_list != NULL
+
+
+cdef void owed_destroy(owed_t *owed) noexcept nogil:
+    free(owed.rows)
+    free(owed.whole)
+    free(owed.touched)
+    free(owed.touched_list)
+    pthread_mutex_destroy(&owed.lock)
+
+
+cdef void collapse(owed_t *owed) noexcept nogil:
+    """Every context with rows gets one VMALLS12, under the oldest number: each ticket that was given stays true."""
+    cdef uint64_t seq = owed.rows[0].seq
+    cdef uint32_t i, context
+    for i in range(owed.count):
+        owed.whole[owed.rows[i].host_vmid - FIRST_CONTEXT_VMID] = 1
+    owed.count = 0
+    for context in range(owed.contexts):
+        if owed.whole[context]:
+            put(owed, seq, TLBI_VMALLS12, context, 0, 0, LEVEL_ANY)
+
+
+cdef void put(owed_t *owed, uint64_t seq, int op, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
+    cdef hw_tlbi_t *row = owed.rows + owed.count
+    owed.count += 1
+    memset(row, 0, sizeof(hw_tlbi_t))
+    row.seq = seq
+    row.op = <uint8_t>op
+    row.host_vmid = <uint16_t>(context + FIRST_CONTEXT_VMID)
+    row.start = start
+    row.end = end
+    row.level = <int8_t>level
+    row.last_level = op == TLBI_IPA
+
+
+cdef void append(owed_t *owed, int op, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
+    cdef hw_tlbi_t *last
+    if owed.whole[context]:
+        return                              # a VMALLS12 that is still queued covers it
+    if op == TLBI_IPA and owed.count:
+        last = owed.rows + owed.count - 1
+        if (last.op == TLBI_IPA and last.seq == owed.seq and last.level == level and last.end == start
+                and last.host_vmid == context + FIRST_CONTEXT_VMID):
+            last.end = end
+            return
+    if owed.count == owed.capacity:
+        collapse(owed)
+        if owed.whole[context]:
+            return
+    if op == TLBI_VMALLS12:
+        owed.whole[context] = 1
+    put(owed, owed.seq, op, context, start, end, level)
+
+
+cdef uint64_t owed_begin(owed_t *owed) noexcept nogil:
+    """Start an operation (exclusive side); its number."""
+    owed.seq += 1
+    return owed.seq
+
+
+cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
+    """The operation removed or narrowed a leaf."""
+    if not owed.track or owed.whole[context]:
+        return
+    pthread_mutex_lock(&owed.lock)
+    append(owed, TLBI_IPA, context, start, end, level)
+    pthread_mutex_unlock(&owed.lock)
+    if not owed.touched[context]:
+        owed.touched[context] = 1
+        owed.touched_list[owed.touched_count] = <uint16_t>context
+        owed.touched_count += 1
+
+
+cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil:
+    """The operation empties a whole context."""
+    if owed.track:
+        pthread_mutex_lock(&owed.lock)
+        append(owed, TLBI_VMALLS12, context, 0, 0, LEVEL_ANY)
+        pthread_mutex_unlock(&owed.lock)
+
+
+cdef void owed_end(owed_t *owed) noexcept nogil:
+    """Finish an operation: the stage 1 of every context that it touched goes too."""
+    cdef uint32_t context
+    while owed.touched_count:
+        owed.touched_count -= 1
+        context = owed.touched_list[owed.touched_count]
+        owed.touched[context] = 0
+        pthread_mutex_lock(&owed.lock)
+        append(owed, TLBI_VMALL, context, 0, 0, LEVEL_ANY)
+        pthread_mutex_unlock(&owed.lock)
+
+
+cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
+    """A leaf gained permissions (shared side): its old entry may go on denying until it is invalidated."""
+    if not owed.track:
+        return
+    pthread_mutex_lock(&owed.lock)
+    owed.seq += 1
+    append(owed, TLBI_IPA, context, start, end, level)
+    append(owed, TLBI_VMALL, context, 0, 0, LEVEL_ANY)
+    pthread_mutex_unlock(&owed.lock)
+
+
+cdef uint32_t owed_take(owed_t *owed, hw_tlbi_t *out, uint32_t limit) noexcept nogil:
+    """Move up to ``limit`` rows out, oldest first; how many."""
+    cdef uint32_t i, taken
+    pthread_mutex_lock(&owed.lock)
+    taken = owed.count if owed.count < limit else limit
+    memcpy(out, owed.rows, taken * sizeof(hw_tlbi_t))
+    for i in range(taken):
+        if out[i].op == TLBI_VMALLS12:
+            owed.whole[out[i].host_vmid - FIRST_CONTEXT_VMID] = 0
+    owed.count -= taken
+    memmove(owed.rows, owed.rows + taken, owed.count * sizeof(hw_tlbi_t))
+    pthread_mutex_unlock(&owed.lock)
+    return taken

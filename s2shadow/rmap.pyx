@@ -1,0 +1,197 @@
+"""The reverse map's nodes and lists (spec 05, section 7)."""
+
+from libc.string cimport memset
+
+from s2shadow.arch cimport FINAL_LEVEL, level_shift, level_span
+from s2shadow.atomics cimport cas32, fetch_add32, fetch_add64, load32, store32
+from s2shadow.table cimport (
+    SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
+    pthread_mutex_lock, pthread_mutex_unlock,
+)
+from s2shadow.vmem cimport release, reserve
+
+cdef enum:
+    SMALLEST_RMAP = 1024        # nodes; below this the reservation gives up
+
+
+cdef void rmap_unmap(rmap_t *rmap) noexcept nogil:
+    cdef uint64_t names = <uint64_t>rmap.node_limit << rmap.arena.slot_bits
+    release(rmap.heads, names * 4)
+    release(rmap.children, names * 4)
+    release(rmap.nodes, rmap.node_limit * sizeof(node_t))
+    rmap.heads = NULL
+    rmap.children = NULL
+    rmap.nodes = NULL
+
+
+cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil:
+    """Reserve address space for every head that 31 bits can name, and make the root."""
+    cdef int level = FINAL_LEVEL
+    memset(rmap, 0, sizeof(rmap_t))
+    rmap.arena = arena
+    rmap.next_node = 1                      # node 0 is nil
+    rmap.node_limit = <uint32_t>1 << (SLOT_LIMIT_BITS - arena.slot_bits)
+    while rmap.node_limit >= SMALLEST_RMAP:
+        rmap.heads = <uint32_t *>reserve((<uint64_t>rmap.node_limit << arena.slot_bits) * 4)
+        rmap.children = <uint32_t *>reserve((<uint64_t>rmap.node_limit << arena.slot_bits) * 4)
+        rmap.nodes = <node_t *>reserve(rmap.node_limit * sizeof(node_t))
+        if rmap.heads != NULL and rmap.children != NULL and rmap.nodes != NULL:
+            pthread_mutex_init(&rmap.lock, NULL)
+            while level_shift(arena.granule_bits, level) + arena.slot_bits < input_bits:
+                level -= 1
+            rmap.root = take_node(rmap, level)
+            rmap.nodes[rmap.root].level = <int8_t>level
+            return True
+        rmap_unmap(rmap)
+        rmap.node_limit >>= 1
+    return False
+
+
+cdef void rmap_destroy(rmap_t *rmap) noexcept nogil:
+    if rmap.heads != NULL:
+        rmap_unmap(rmap)
+        pthread_mutex_destroy(&rmap.lock)
+
+
+cdef uint64_t node_cost(const rmap_t *rmap, int level) noexcept nogil:
+    """Bytes of one node: its heads, its children above the last level, and what stands beside."""
+    cdef uint64_t heads = <uint64_t>4 << rmap.arena.slot_bits
+    return (heads if level == FINAL_LEVEL else 2 * heads) + sizeof(node_t)
+
+
+cdef uint32_t take_node(rmap_t *rmap, int level) noexcept nogil:
+    cdef uint32_t node
+    if not arena_charge(rmap.arena, &rmap.arena.rmap_bytes, node_cost(rmap, level)):
+        return 0
+    pthread_mutex_lock(&rmap.lock)
+    node = rmap.free_node
+    if node:
+        rmap.free_node = rmap.nodes[node].next_free
+    elif rmap.next_node < rmap.node_limit:
+        node = rmap.next_node
+        rmap.next_node += 1
+    pthread_mutex_unlock(&rmap.lock)
+    if not node:
+        arena_refund(rmap.arena, &rmap.arena.rmap_bytes, node_cost(rmap, level))
+    return node
+
+
+cdef void give_node(rmap_t *rmap, uint32_t node) noexcept nogil:
+    """Take back a node whose heads and children are all empty."""
+    cdef int level = rmap.nodes[node].level
+    memset(&rmap.nodes[node], 0, sizeof(node_t))
+    pthread_mutex_lock(&rmap.lock)
+    rmap.nodes[node].next_free = rmap.free_node
+    rmap.free_node = node
+    pthread_mutex_unlock(&rmap.lock)
+    arena_refund(rmap.arena, &rmap.arena.rmap_bytes, node_cost(rmap, level))
+
+
+cdef inline uint32_t entry_name(const rmap_t *rmap, uint32_t node, uint64_t cipa) noexcept nogil:
+    cdef int shift = level_shift(rmap.arena.granule_bits, rmap.nodes[node].level)
+    cdef uint32_t mask = (<uint32_t>1 << rmap.arena.slot_bits) - 1
+    return node << rmap.arena.slot_bits | (<uint32_t>(cipa >> shift) & mask)
+
+
+cdef uint32_t add_child(rmap_t *rmap, uint32_t name, uint64_t cipa) noexcept nogil:
+    """The child that stands at ``name`` in the end (another thread may win), or 0."""
+    cdef uint32_t node = name >> rmap.arena.slot_bits, seen = 0
+    cdef int level = rmap.nodes[node].level + 1
+    cdef uint32_t child = take_node(rmap, level)
+    cdef int shift = level_shift(rmap.arena.granule_bits, level) + rmap.arena.slot_bits
+    if not child:
+        return 0
+    rmap.nodes[child].level = <int8_t>level
+    rmap.nodes[child].parent = name
+    rmap.nodes[child].cipa = cipa >> shift << shift
+    fetch_add32(&rmap.nodes[node].used, 1)
+    if cas32(rmap.children + name, &seen, child):
+        return child
+    fetch_add32(&rmap.nodes[node].used, <uint32_t>-1)
+    give_node(rmap, child)
+    return seen
+
+
+cdef uint32_t rmap_ensure(rmap_t *rmap, uint64_t cipa, int level) noexcept nogil:
+    """Name of the head for the block of ``level``'s size around ``cipa``, nodes made on the way; 0 if none can be had."""
+    cdef uint32_t node = rmap.root, name = entry_name(rmap, node, cipa)
+    while rmap.nodes[node].level < level:
+        node = load32(rmap.children + name)
+        if not node:
+            node = add_child(rmap, name, cipa)
+            if not node:
+                return 0
+        name = entry_name(rmap, node, cipa)
+    return name
+
+
+cdef uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept nogil:
+    """Name of that head, or 0 if no leaf of any size of its node was ever there."""
+    cdef uint32_t node = rmap.root, name = entry_name(rmap, node, cipa)
+    while rmap.nodes[node].level < level:
+        node = load32(rmap.children + name)
+        if not node:
+            return 0
+        name = entry_name(rmap, node, cipa)
+    return name
+
+
+cdef void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil:
+    """Put a leaf at the front of a list. Lock-free: pushes may race with pushes, never with unlinks."""
+    cdef uint32_t first = load32(rmap.heads + head)
+    store32(link_prev(rmap.arena, slot), HEAD_TAG | head)
+    while True:
+        store32(link_next(rmap.arena, slot), first)
+        if cas32(rmap.heads + head, &first, slot):
+            break
+    if first:
+        store32(link_prev(rmap.arena, first), slot)
+    else:
+        fetch_add32(&rmap.nodes[head >> rmap.arena.slot_bits].used, 1)
+
+
+cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
+    """Take a leaf out of its list; nodes that are empty now go (exclusive side)."""
+    cdef uint32_t following = load32(link_next(rmap.arena, slot)), prev = load32(link_prev(rmap.arena, slot))
+    if following:
+        store32(link_prev(rmap.arena, following), prev)
+    if not prev & HEAD_TAG:
+        store32(link_next(rmap.arena, prev), following)
+        return
+    prev &= ~<uint32_t>HEAD_TAG
+    store32(rmap.heads + prev, following)
+    if not following:
+        node_less(rmap, prev >> rmap.arena.slot_bits)
+
+
+cdef void node_less(rmap_t *rmap, uint32_t node) noexcept nogil:
+    """Count one used entry less, and free nodes that are empty now, upwards."""
+    cdef uint32_t parent
+    while fetch_add32(&rmap.nodes[node].used, <uint32_t>-1) == 1 and node != rmap.root:
+        parent = rmap.nodes[node].parent
+        store32(rmap.children + parent, 0)
+        give_node(rmap, node)
+        node = parent >> rmap.arena.slot_bits
+
+
+cdef void rmap_tidy(rmap_t *rmap, uint64_t cipa) noexcept nogil:
+    """Free the empty nodes that a failed ``rmap_ensure`` left on the way to ``cipa`` (exclusive side)."""
+    cdef uint32_t node = rmap.root, child
+    while rmap.nodes[node].level < FINAL_LEVEL:
+        child = load32(rmap.children + entry_name(rmap, node, cipa))
+        if not child:
+            break
+        node = child
+    if node != rmap.root and rmap.nodes[node].used == 0:
+        pin_node(rmap, node)
+        unpin_node(rmap, node)
+
+
+cdef void pin_node(rmap_t *rmap, uint32_t node) noexcept nogil:
+    """Keep a node while its lists are being emptied."""
+    fetch_add32(&rmap.nodes[node].used, 1)
+
+
+cdef void unpin_node(rmap_t *rmap, uint32_t node) noexcept nogil:
+    """Let go of a node; it is freed if it is empty."""
+    node_less(rmap, node)

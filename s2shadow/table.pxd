@@ -1,0 +1,123 @@
+# Host-format stage-2 tables on an arena of table pages. The canonical table and every shadow are this one type.
+#
+# A slot is the 32-bit name of one entry: page << slot_bits | index. Slot names are also how the reverse map
+# names a leaf. Page 0 is nil.
+
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, level_shift
+from s2shadow.atomics cimport peek64
+
+cdef enum:
+    SLOT_LIMIT_BITS = 31        # bit 31 of a link tags a reverse-map head
+    GUEST_LEVELS = 6            # -2 (stage 2 off) to 3, indexed by level + 2
+    CANONICAL = 0xFFFF          # "context" of the canonical table's pages
+    ROOT_PAGES = 16             # the most tables that may stand side by side
+    DESC_LOCKED = 2             # invalid to a walker: a thread is putting a leaf into this slot
+
+cdef extern from "pthread.h" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+
+# Beside each table page. ``holds[g]`` counts the page's own leaves of guest level g plus its children that hold
+# any, so that a level that is absent is skipped at the root.
+ctypedef struct page_t:
+    uint64_t ipa                # input address of the first entry
+    uint32_t parent             # slot in the parent, 0 for a root
+    uint32_t next_free
+    uint16_t live               # valid entries
+    uint16_t holds[GUEST_LEVELS]
+    uint16_t context
+    int8_t level
+    uint8_t in_use
+    uint8_t has_links           # a leaf was installed: its links are accounted for
+    uint8_t is_root
+
+ctypedef struct arena_t:
+    uint64_t *words             # the table pages: entry words, indexed by slot
+    uint64_t *links             # next and prev of a shadow leaf, indexed by slot
+    page_t *pages
+    uint64_t table_base         # simulated physical address of page 0
+    uint64_t max_bytes          # of tables, links and heads; 0: no bound
+    uint64_t used_bytes         # what max_bytes bounds
+    uint64_t table_bytes
+    uint64_t link_bytes
+    uint64_t rmap_bytes
+    uint32_t page_limit
+    uint32_t next_page          # pages from here on were never used
+    uint32_t free_page          # head of the free list; free pages are zero
+    uint8_t granule_bits
+    uint8_t slot_bits
+    uint8_t keeps_links         # shadow leaves have links (reverse map) or a cIPA (none) beside them
+    pthread_mutex_t lock
+
+ctypedef struct table_t:
+    uint32_t root               # first of the pages side by side
+    uint16_t context
+    uint8_t ia_bits
+    uint8_t concatenated_bits
+    int8_t start_level
+
+cdef bint arena_init(arena_t *arena, int granule_bits, uint64_t table_base, uint64_t address_limit,
+                     uint64_t max_bytes) noexcept nogil
+cdef void arena_destroy(arena_t *arena) noexcept nogil
+cdef bint arena_charge(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil
+cdef void arena_refund(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil
+cdef bint arena_has_room(arena_t *arena, uint64_t pages) noexcept nogil
+cdef uint64_t page_cost(const arena_t *arena) noexcept nogil
+
+cdef uint32_t reserve_root(arena_t *arena) noexcept nogil
+cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t context, int ia_bits) noexcept nogil
+cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, int target, int *level) noexcept nogil
+cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil
+cdef void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil
+cdef void leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil
+cdef void table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil
+cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil
+cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil
+cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil
+cdef void drop_page_whole(arena_t *arena, uint32_t page) noexcept nogil
+cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end, int *level) noexcept nogil
+
+
+cdef inline uint32_t page_of(const arena_t *arena, uint32_t slot) noexcept nogil:
+    return slot >> arena.slot_bits
+
+
+cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogil:
+    cdef const page_t *page = &arena.pages[slot >> arena.slot_bits]
+    cdef uint64_t index = slot & ((1 << arena.slot_bits) - 1)
+    return page.ipa + (index << level_shift(arena.granule_bits, page.level))
+
+
+cdef inline bint is_table(uint64_t desc, int level) noexcept nogil:
+    return (desc & 3) == 3 and level < FINAL_LEVEL
+
+
+cdef inline uint32_t child_page(const arena_t *arena, uint64_t desc) noexcept nogil:
+    return <uint32_t>(((desc & OA_48) - arena.table_base) >> arena.granule_bits)
+
+
+cdef inline uint64_t table_desc(const arena_t *arena, uint32_t page) noexcept nogil:
+    return (arena.table_base + (<uint64_t>page << arena.granule_bits)) | DESC_VALID | DESC_TABLE
+
+
+cdef inline uint32_t table_find(const arena_t *arena, const table_t *table, uint64_t ipa, int *level) noexcept nogil:
+    """Slot where the descent for ``ipa`` ends: a leaf or an invalid entry, at ``level``."""
+    cdef int shift = level_shift(arena.granule_bits, table.start_level)
+    cdef uint32_t slot = (table.root << arena.slot_bits) + <uint32_t>(ipa >> shift)
+    cdef uint32_t mask = (<uint32_t>1 << arena.slot_bits) - 1
+    cdef uint64_t desc
+    level[0] = table.start_level
+    while level[0] < FINAL_LEVEL:
+        desc = peek64(arena.words + slot)
+        if (desc & 3) != 3:
+            break
+        level[0] += 1
+        shift -= arena.slot_bits
+        slot = child_page(arena, desc) << arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
+    return slot

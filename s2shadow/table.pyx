@@ -1,0 +1,336 @@
+"""Table pages and the tables made of them."""
+
+from libc.string cimport memset
+
+from s2shadow.arch cimport DESC_TABLE, DESC_TAG_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span
+from s2shadow.atomics cimport cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
+from s2shadow.vmem cimport release, reserve
+
+cdef extern from "sched.h" nogil:
+    int sched_yield()
+
+cdef enum:
+    SMALLEST_ARENA = 1024       # pages; below this the reservation gives up
+
+
+cdef void arena_unmap(arena_t *arena) noexcept nogil:
+    cdef uint64_t slots = <uint64_t>arena.page_limit << arena.slot_bits
+    release(arena.words, slots * 8)
+    release(arena.links, slots * 8)
+    release(arena.pages, arena.page_limit * sizeof(page_t))
+    arena.words = NULL
+    arena.links = NULL
+    arena.pages = NULL
+
+
+cdef bint arena_init(arena_t *arena, int granule_bits, uint64_t table_base, uint64_t address_limit,
+                     uint64_t max_bytes) noexcept nogil:
+    """Reserve address space for every slot that 31 bits can name; less where the system grants less."""
+    memset(arena, 0, sizeof(arena_t))
+    arena.granule_bits = <uint8_t>granule_bits
+    arena.slot_bits = <uint8_t>(granule_bits - 3)
+    arena.table_base = table_base
+    arena.max_bytes = max_bytes
+    arena.next_page = ROOT_PAGES            # page 0 is nil; roots stay aligned
+    arena.page_limit = <uint32_t>1 << (SLOT_LIMIT_BITS - arena.slot_bits)
+    if (address_limit - table_base) >> granule_bits < arena.page_limit:
+        arena.page_limit = <uint32_t>((address_limit - table_base) >> granule_bits)
+    while arena.page_limit >= SMALLEST_ARENA:
+        arena.words = <uint64_t *>reserve((<uint64_t>arena.page_limit << arena.slot_bits) * 8)
+        arena.links = <uint64_t *>reserve((<uint64_t>arena.page_limit << arena.slot_bits) * 8)
+        arena.pages = <page_t *>reserve(arena.page_limit * sizeof(page_t))
+        if arena.words != NULL and arena.links != NULL and arena.pages != NULL:
+            pthread_mutex_init(&arena.lock, NULL)
+            return True
+        arena_unmap(arena)
+        arena.page_limit >>= 1
+    return False
+
+
+cdef void arena_destroy(arena_t *arena) noexcept nogil:
+    if arena.words != NULL:
+        arena_unmap(arena)
+        pthread_mutex_destroy(&arena.lock)
+
+
+cdef bint arena_charge(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil:
+    """Take ``bytes`` from the bound; False, and nothing taken, if they are not there."""
+    if arena.max_bytes and fetch_add64(&arena.used_bytes, bytes) + bytes > arena.max_bytes:
+        fetch_add64(&arena.used_bytes, -bytes)
+        return False
+    if not arena.max_bytes:
+        fetch_add64(&arena.used_bytes, bytes)
+    fetch_add64(account, bytes)
+    return True
+
+
+cdef void arena_refund(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil:
+    fetch_add64(&arena.used_bytes, -bytes)
+    fetch_add64(account, -bytes)
+
+
+cdef uint64_t page_cost(const arena_t *arena) noexcept nogil:
+    """Bytes of one table page with what stands beside it."""
+    return (<uint64_t>1 << arena.granule_bits) + sizeof(page_t)
+
+
+cdef bint arena_has_room(arena_t *arena, uint64_t pages) noexcept nogil:
+    """Whether ``pages`` more table pages fit under the bound and in the arena (exclusive side only)."""
+    if arena.max_bytes and load64(&arena.used_bytes) + pages * page_cost(arena) > arena.max_bytes:
+        return False
+    return arena.free_page != 0 or arena.next_page + pages < arena.page_limit
+
+
+cdef uint32_t take_page(arena_t *arena) noexcept nogil:
+    """A zeroed page, or 0."""
+    cdef uint32_t page
+    if not arena_charge(arena, &arena.table_bytes, page_cost(arena)):
+        return 0
+    pthread_mutex_lock(&arena.lock)
+    page = arena.free_page
+    if page:
+        arena.free_page = arena.pages[page].next_free
+    elif arena.next_page < arena.page_limit:
+        page = arena.next_page
+        arena.next_page += 1
+    pthread_mutex_unlock(&arena.lock)
+    if page:
+        arena.pages[page].in_use = 1
+    else:
+        arena_refund(arena, &arena.table_bytes, page_cost(arena))
+    return page
+
+
+cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
+    """Take back a page whose words are zero."""
+    if arena.pages[page].has_links:
+        arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
+    memset(&arena.pages[page], 0, sizeof(page_t))
+    pthread_mutex_lock(&arena.lock)
+    arena.pages[page].next_free = arena.free_page
+    arena.free_page = page
+    pthread_mutex_unlock(&arena.lock)
+    arena_refund(arena, &arena.table_bytes, page_cost(arena))
+
+
+cdef uint32_t reserve_root(arena_t *arena) noexcept nogil:
+    """The first of ROOT_PAGES aligned pages, or 0. Roots stay for the life of the arena; one that is empty is free of charge."""
+    cdef uint32_t root = arena.next_page
+    if root + ROOT_PAGES > arena.page_limit:
+        return 0
+    arena.next_page += ROOT_PAGES
+    return root
+
+
+cdef int start_level_for(int granule_bits, int ia_bits) noexcept nogil:
+    """The lowest table that can start a walk of ``ia_bits``, with up to 16 side by side; level 3 only where
+    SL0 names it without FEAT_TTST."""
+    cdef int level = 2 if granule_bits == 12 else 3
+    while ia_bits > level_shift(granule_bits, level) + granule_bits - 3 + 4:
+        level -= 1
+    return level
+
+
+cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t context, int ia_bits) noexcept nogil:
+    """Shape an empty table; its root pages must hold nothing."""
+    cdef int shift, i
+    cdef page_t *page
+    if ia_bits < 25:                        # the smallest input size without FEAT_TTST
+        ia_bits = 25
+    table.root = root
+    table.context = context
+    table.ia_bits = <uint8_t>ia_bits
+    table.start_level = <int8_t>start_level_for(arena.granule_bits, ia_bits)
+    shift = level_shift(arena.granule_bits, table.start_level)
+    table.concatenated_bits = 0
+    if ia_bits > shift + arena.slot_bits:
+        table.concatenated_bits = <uint8_t>(ia_bits - shift - arena.slot_bits)
+    for i in range(ROOT_PAGES):
+        page = &arena.pages[root + i]
+        page.is_root = 1
+        page.context = context
+        page.level = table.start_level
+        page.ipa = <uint64_t>i << (shift + arena.slot_bits)
+
+
+cdef void entry_added(arena_t *arena, uint32_t page) noexcept nogil:
+    """Count one more valid entry. A root shows in the bytes from its first one; the bound was charged for all
+    roots when the arena was made."""
+    if fetch_add16(&arena.pages[page].live, 1) == 0 and arena.pages[page].is_root:
+        fetch_add64(&arena.table_bytes, page_cost(arena))
+
+
+cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int level, uint64_t ipa,
+                    uint32_t page) noexcept nogil:
+    """Put an empty table into an invalid slot; False, and the page given back, if another thread was first."""
+    cdef uint64_t seen = 0
+    cdef page_t *meta = &arena.pages[page]
+    meta.parent = slot
+    meta.context = table.context
+    meta.level = <int8_t>(level + 1)
+    meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
+    entry_added(arena, page_of(arena, slot))
+    if cas64(arena.words + slot, &seen, table_desc(arena, page)):
+        return True
+    fetch_add16(&arena.pages[page_of(arena, slot)].live, <uint16_t>-1)
+    give_page(arena, page)
+    return False
+
+
+cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, int target, int *level) noexcept nogil:
+    """Slot for ``ipa`` at ``target``, with tables made on the way; a leaf above it stops the descent (``level``
+    says where). 0 when a table cannot be had."""
+    cdef int shift
+    cdef uint32_t slot = table_find(arena, table, ipa, level)
+    cdef uint32_t page
+    cdef uint64_t desc
+    while level[0] < target:
+        desc = load64(arena.words + slot)
+        if desc == DESC_LOCKED:
+            sched_yield()                   # another thread is about to put a leaf here
+            continue
+        if is_table(desc, level[0]):
+            page = child_page(arena, desc)
+        elif desc & DESC_VALID:
+            return slot
+        else:
+            page = take_page(arena)
+            if not page:
+                return 0
+            if not add_table(arena, table, slot, level[0], ipa, page):
+                continue
+        level[0] += 1
+        shift = level_shift(arena.granule_bits, level[0])
+        slot = page << arena.slot_bits | (<uint32_t>(ipa >> shift) & ((<uint32_t>1 << arena.slot_bits) - 1))
+    if level[0] > target:                   # a table stands where the leaf should go
+        level[0] = target
+        page = page_of(arena, slot)
+        while arena.pages[page].level > target:
+            slot = arena.pages[page].parent
+            page = page_of(arena, slot)
+    return slot
+
+
+cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
+    """Account for the links beside a page before its first leaf; False over the bound."""
+    cdef page_t *meta = &arena.pages[page_of(arena, slot)]
+    if meta.has_links or not arena.keeps_links:
+        return True
+    if not arena_charge(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits):
+        return False
+    if fetch_or8(&meta.has_links, 1):
+        arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
+    return True
+
+
+cdef void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
+    """Count the leaf that is being put into ``slot``. ``tag``: guest level + 2."""
+    cdef uint32_t page = page_of(arena, slot)
+    cdef page_t *meta = &arena.pages[page]
+    entry_added(arena, page)
+    while fetch_add16(&meta.holds[tag], 1) == 0 and meta.parent:
+        meta = &arena.pages[page_of(arena, meta.parent)]
+
+
+cdef void holds_less(arena_t *arena, page_t *meta, int tag) noexcept nogil:
+    while fetch_add16(&meta.holds[tag], <uint16_t>-1) == 1 and meta.parent:
+        meta = &arena.pages[page_of(arena, meta.parent)]
+
+
+cdef void entry_removed(arena_t *arena, uint32_t page) noexcept nogil:
+    """Count one valid entry less, and free tables that are empty now, upwards."""
+    cdef page_t *meta = &arena.pages[page]
+    cdef uint32_t parent
+    while fetch_add16(&meta.live, <uint16_t>-1) == 1:
+        if meta.is_root:
+            fetch_add64(&arena.table_bytes, -page_cost(arena))
+            if meta.has_links:
+                meta.has_links = 0
+                arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
+            return
+        parent = meta.parent
+        store64(arena.words + parent, 0)
+        give_page(arena, page)
+        page = page_of(arena, parent)
+        meta = &arena.pages[page]
+
+
+cdef void leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
+    """Clear a leaf's slot and what counted it; empty tables go (exclusive side)."""
+    cdef uint32_t page = page_of(arena, slot)
+    store64(arena.words + slot, 0)
+    holds_less(arena, &arena.pages[page], tag)
+    entry_removed(arena, page)
+
+
+cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil:
+    """Keep a page that is not empty while its leaves are being removed."""
+    fetch_add16(&arena.pages[page].live, 1)
+
+
+cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil:
+    """Let go of a page; False if it was empty and is freed now."""
+    cdef bint stays = arena.pages[page].live > 1 or arena.pages[page].is_root
+    entry_removed(arena, page)
+    return stays
+
+
+cdef void table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil:
+    """Free the empty tables that a failed ``table_ensure`` left on the way to ``ipa`` (exclusive side)."""
+    cdef int level = 0
+    cdef uint32_t page = page_of(arena, table_find(arena, table, ipa, &level))
+    if arena.pages[page].live == 0 and not arena.pages[page].is_root:
+        pin_page(arena, page)
+        unpin_page(arena, page)
+
+
+cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil:
+    """Replace a canonical block by a table of leaves of the next size (exclusive side); the page, or 0."""
+    cdef uint64_t desc = load64(arena.words + slot), step, i
+    cdef uint64_t entries = <uint64_t>1 << arena.slot_bits
+    cdef uint32_t page = take_page(arena)
+    cdef page_t *meta
+    if not page:
+        return 0
+    meta = &arena.pages[page]
+    meta.parent = slot
+    meta.context = arena.pages[page_of(arena, slot)].context
+    meta.level = <int8_t>(level + 1)
+    meta.ipa = slot_ipa(arena, slot)
+    meta.live = <uint16_t>entries
+    meta.holds[0] = <uint16_t>entries       # the parent's count stays: one leaf less, one child more
+    step = level_span(arena.granule_bits, level + 1)
+    if level + 1 == FINAL_LEVEL:
+        desc |= DESC_TABLE
+    for i in range(entries):
+        store64(arena.words + ((<uint64_t>page << arena.slot_bits) + i), desc + i * step)
+    store64(arena.words + slot, table_desc(arena, page))
+    return page
+
+
+cdef void drop_page_whole(arena_t *arena, uint32_t page) noexcept nogil:
+    """Free a table of leaves without looking at them (exclusive side; nothing may link to them)."""
+    cdef page_t *meta = &arena.pages[page]
+    cdef uint32_t parent = meta.parent
+    cdef int tag
+    memset(arena.words + (<uint64_t>page << arena.slot_bits), 0, <size_t>8 << arena.slot_bits)
+    for tag in range(GUEST_LEVELS):
+        if meta.holds[tag]:
+            holds_less(arena, &arena.pages[page_of(arena, parent)], tag)
+    store64(arena.words + parent, 0)
+    give_page(arena, page)
+    entry_removed(arena, page_of(arena, parent))
+
+
+cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end, int *level) noexcept nogil:
+    """First leaf whose block reaches beyond ``ipa`` and starts below ``end``, or 0; ``ipa`` becomes its start."""
+    cdef uint32_t slot
+    cdef uint64_t span
+    while ipa[0] < end:
+        slot = table_find(arena, table, ipa[0], level)
+        span = level_span(arena.granule_bits, level[0])
+        if load64(arena.words + slot) & DESC_VALID:
+            ipa[0] &= ~(span - 1)
+            return slot
+        ipa[0] = (ipa[0] & ~(span - 1)) + span
+    return 0

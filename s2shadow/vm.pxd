@@ -1,0 +1,158 @@
+# The state of one NestedVM, and its locks. No Python objects below this line of the house.
+
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from s2shadow.combine cimport combine_rules_t
+from s2shadow.config cimport features_t, s2_config_t
+from s2shadow.dirty cimport dirty_t
+from s2shadow.memory cimport mem_view_t
+from s2shadow.owed cimport owed_t
+from s2shadow.rmap cimport rmap_t
+from s2shadow.table cimport arena_t, table_t
+
+cdef extern from *:
+    """
+    #include <pthread.h>
+    #include <sched.h>
+    typedef pthread_rwlock_t s2_rwlock_t;
+    static inline void s2_rwlock_init(s2_rwlock_t *l)
+    {
+        pthread_rwlockattr_t a;
+        pthread_rwlockattr_init(&a);
+    #ifdef __GLIBC__
+        /* readers come in streams of batches: an invalidation must get its turn */
+        pthread_rwlockattr_setkind_np(&a, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    #endif
+        pthread_rwlock_init(l, &a);
+        pthread_rwlockattr_destroy(&a);
+    }
+    """
+    ctypedef struct rwlock_t "s2_rwlock_t":
+        pass
+    void rwlock_init "s2_rwlock_init"(rwlock_t *lock) noexcept nogil
+    int rwlock_destroy "pthread_rwlock_destroy"(rwlock_t *lock) noexcept nogil
+    int lock_shared "pthread_rwlock_rdlock"(rwlock_t *lock) noexcept nogil
+    int lock_exclusive "pthread_rwlock_wrlock"(rwlock_t *lock) noexcept nogil
+    int unlock "pthread_rwlock_unlock"(rwlock_t *lock) noexcept nogil
+    int sched_yield() noexcept nogil
+
+cdef enum:
+    NO_CONTEXT = 0xFFFFFFFFu
+    ACTIVE_RANGES = 64          # invalidations that may work in chunks at once
+    CHANGES_KEPT = 64           # host changes that a populate in flight can be checked against
+    DROP_CHUNK = 4096           # leaves removed before the lock is let go for a moment
+    FAULT_CHUNK = 32            # faults of a batch under one shared section
+
+ctypedef enum teardown_t:
+    TEARDOWN_REVERSE_MAP
+    TEARDOWN_BLOW_AWAY
+    TEARDOWN_BLOW_AWAY_LEAN
+
+ctypedef enum populate_t:
+    POPULATE_NONE
+    POPULATE_LINEAR
+    POPULATE_CALLABLE
+
+cdef enum:
+    KIND_HIT = 0
+    KIND_MAPPED = 1
+    KIND_L1_FAULT = 2
+    KIND_HOST_FAULT = 3
+    KIND_MMIO = 4
+    KIND_RETRY = 5
+    KIND_NO_MEMORY = 6
+    KIND_MISS = 7
+
+# The layout of FAULT_DTYPE.
+ctypedef struct fault_t:
+    uint8_t kind
+    uint8_t fsc
+    int8_t level
+    uint8_t perm
+    uint16_t context
+    uint64_t ipa
+    uint64_t cipa
+    uint64_t pa
+    uint64_t size
+    uint64_t hpfar
+
+ctypedef struct range_t:
+    uint64_t start
+    uint64_t end
+
+# One shadow stage 2: its key is the walk configuration it was acquired with (spec 04, section 2).
+ctypedef struct context_t:
+    s2_config_t config
+    table_t shadow
+    combine_rules_t rules
+    uint64_t vttbr              # as L1 wrote them when the context was acquired
+    uint64_t vtcr
+    uint64_t last_used
+    uint64_t generation         # raised when the context gets another key
+    uint32_t refs
+    uint8_t valid
+
+ctypedef struct vcpu_t:
+    s2_config_t config
+    mem_view_t view
+    uint64_t vttbr              # last loaded: what a TLBI acts under unless told otherwise
+    uint64_t vtcr
+    uint64_t hcr
+    uint32_t context
+    uint32_t busy
+    uint64_t kinds[8]
+    uint64_t installed
+    uint64_t relaxed
+    uint64_t replaced
+    uint8_t pad[64]             # counters of neighbours stay on lines of their own
+
+ctypedef struct vm_t:
+    arena_t arena
+    rmap_t rmap
+    table_t canonical
+    features_t features
+    owed_t owed
+    dirty_t dirty
+    context_t *contexts
+    vcpu_t *vcpus
+    uint32_t context_count
+    uint32_t vcpu_count
+    teardown_t teardown
+    uint8_t ignore_guest_attributes
+    uint8_t tlbi_kvm72
+    rwlock_t lock
+    # populate
+    populate_t populate
+    int64_t linear_offset
+    int linear_level            # of the largest block allowed
+    uint8_t linear_fresh
+    uint64_t fresh_next
+    # host changes
+    range_t active[ACTIVE_RANGES]
+    uint32_t active_count
+    range_t changes[CHANGES_KEPT]
+    uint64_t host_seq
+    # counters of the exclusive side
+    uint64_t clock
+    uint64_t removed
+    uint64_t narrowed
+    uint64_t invalidations
+    uint64_t kernel_steps
+    uint64_t recycled
+    uint64_t evictions
+    uint64_t canonical_leaves
+    uint32_t evict_hand
+
+
+cdef inline bint is_active(const vm_t *vm, uint64_t cipa) noexcept nogil:
+    """Whether an invalidation is at work on ``cipa``."""
+    cdef uint32_t i
+    for i in range(vm.active_count):
+        if vm.active[i].start <= cipa < vm.active[i].end:
+            return True
+    return False
+
+
+cdef inline uint64_t read_tag(uint64_t desc) noexcept nogil:
+    """Guest level + 2 of a shadow leaf."""
+    return desc >> 55 & 7

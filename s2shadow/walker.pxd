@@ -1,0 +1,29 @@
+# One stage-2 translation of L1's tables: (memory, config, ipa, access) -> walk_t. No engine state.
+
+from libc.stdint cimport int8_t, uint8_t, uint64_t
+
+from s2shadow.config cimport s2_config_t
+from s2shadow.memory cimport mem_view_t
+
+# The layout of WALK_DTYPE: batches are written straight into the user's array.
+ctypedef struct walk_t:
+    uint8_t status
+    uint8_t fsc
+    int8_t level
+    uint8_t perm
+    uint8_t memattr
+    uint8_t sh
+    uint8_t contiguous
+    uint8_t updated
+    uint64_t pa
+    uint64_t size
+    uint64_t desc
+    uint64_t desc_addr
+
+cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
+                      bint update, walk_t *out) noexcept nogil
+
+
+cdef class Walk:
+    cdef walk_t c
+    cdef readonly uint64_t ipa

@@ -1,0 +1,424 @@
+"""The stage-2 walker (spec 01, sections 3, 5 and 6; AArch64.S2Walk and AArch64.S2Translate of the Arm ARM)."""
+
+import numpy as np
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memset
+
+from s2shadow.arch cimport (
+    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_CONTIGUOUS, DESC_DBM, DESC_MEMATTR_SHIFT, DESC_NT, DESC_S2AP_W,
+    DESC_SH_SHIFT, DESC_TABLE, DESC_VALID, FINAL_LEVEL, FSC_ACCESS_FLAG, FSC_ADDRESS_SIZE, FSC_PERMISSION,
+    FSC_TRANSLATION, FSC_WALK_ABORT, LEVEL_STAGE2_OFF, PERM_ALL, contiguous_bits, fault_code, is_block_level,
+    level_shift, memattr_is_device, required_perm, s2ap_xn_to_perm,
+)
+from s2shadow.config cimport Stage2Config, fault_text
+from s2shadow.memory cimport (
+    CAS_DONE, CAS_LOST, CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc,
+)
+from s2shadow.constants import Access, perm_text, size_text
+
+WALK_DTYPE = np.dtype([("status", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("memattr", "u1"),
+                       ("sh", "u1"), ("contiguous", "u1"), ("updated", "u1"),
+                       ("pa", "u8"), ("size", "u8"), ("desc", "u8"), ("desc_addr", "u8")], align=True)
+
+LEAF_DTYPE = np.dtype([("ipa", "u8"), ("pa", "u8"), ("size", "u8"), ("desc", "u8"),
+                       ("level", "i1"), ("perm", "u1"), ("memattr", "u1"), ("sh", "u1")], align=True)
+
+ctypedef struct leaf_t:
+    uint64_t ipa
+    uint64_t pa
+    uint64_t size
+    uint64_t desc
+    int8_t level
+    uint8_t perm
+    uint8_t memattr
+    uint8_t sh
+
+assert WALK_DTYPE.itemsize == sizeof(walk_t) and LEAF_DTYPE.itemsize == sizeof(leaf_t)
+
+cdef enum:
+    SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
+
+
+cdef inline void fail(walk_t *out, int base, int level) noexcept nogil:
+    out.status = 1
+    out.level = <int8_t>level
+    out.fsc = fault_code(base, level)
+
+
+cdef inline uint64_t desc_address(const s2_config_t *config, uint64_t desc) noexcept nogil:
+    return (desc & config.oa_mask) | (desc & config.oa_high_mask) << config.oa_high_shift
+
+
+cdef inline bint is_leaf_or_fault(const s2_config_t *config, uint64_t desc, int level, bint *leaf) noexcept nogil:
+    """Decode the descriptor type: False for a Translation fault, else ``leaf`` says leaf or table."""
+    if not desc & DESC_VALID:
+        return False
+    if level == FINAL_LEVEL:
+        leaf[0] = True
+        return (desc & DESC_TABLE) != 0
+    leaf[0] = not desc & DESC_TABLE
+    return not leaf[0] or is_block_level(config.granule_bits, level, config.ds, config.lpa)
+
+
+cdef inline uint64_t leaf_output(const s2_config_t *config, uint64_t desc, uint64_t ipa, int level, int shift) noexcept nogil:
+    """Output address; the bits of a contiguous group's size come from the IPA (StageOA).
+
+    A group that would exceed the input size is IMPLEMENTATION DEFINED: the bit is ignored.
+    """
+    cdef int bits = shift
+    cdef uint64_t offset_mask
+    if desc & DESC_CONTIGUOUS:
+        bits += contiguous_bits(config.granule_bits, level)
+        if bits > config.ia_bits:
+            bits = shift
+    offset_mask = ((<uint64_t>1) << bits) - 1
+    return (desc_address(config, desc) & ~offset_mask) | (ipa & offset_mask)
+
+
+cdef inline void describe_leaf(const s2_config_t *config, uint64_t desc, walk_t *out) noexcept nogil:
+    out.perm = s2ap_xn_to_perm(desc, config.xnx)
+    out.memattr = <uint8_t>((desc >> DESC_MEMATTR_SHIFT) & 0xF)
+    out.sh = config.sh0 if config.ds else <uint8_t>((desc >> DESC_SH_SHIFT) & 3)
+    out.contiguous = (desc & DESC_CONTIGUOUS) != 0
+
+
+cdef void walk_identity(const s2_config_t *config, uint64_t ipa, walk_t *out) noexcept nogil:
+    """Stage 2 off: identity, with the attributes of stage 1."""
+    if ipa >> config.pa_bits:
+        fail(out, FSC_ADDRESS_SIZE, 0)
+        return
+    out.level = LEVEL_STAGE2_OFF
+    out.perm = PERM_ALL
+    out.memattr = 0x7 if config.fwb else 0xF
+    out.sh = 3
+    out.pa = ipa
+    out.size = <uint64_t>1 << config.pa_bits
+
+
+cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
+                      bint update, walk_t *out) noexcept nogil:
+    """Translate ``ipa``; see ``walk`` for what ``out`` says. ``view`` is the caller's own."""
+    cdef uint64_t desc = 0, desired, table, address, index
+    cdef int level, shift
+    cdef uint8_t need
+    cdef bint leaf = False
+    cdef cas_result_t swapped
+
+    memset(out, 0, sizeof(walk_t))
+    if not config.enabled:
+        walk_identity(config, ipa, out)
+        return
+    if ipa >> config.ia_bits:
+        fail(out, FSC_TRANSLATION, 0)
+        return
+    if config.has_error:
+        out.status = 1
+        out.fsc = config.error_fsc
+        return
+
+    level = config.start_level
+    shift = level_shift(config.granule_bits, level)
+    table = config.base
+    index = ipa >> shift                    # the start table may be wider than one granule
+    while True:
+        address = table + (index << 3)
+        if not read_desc(view, address, config.big_endian, &desc):
+            fail(out, FSC_WALK_ABORT, level)
+            return
+        out.desc_addr = address
+        while True:                         # again with what memory holds, when a swap is lost
+            out.desc = desc
+            if not is_leaf_or_fault(config, desc, level, &leaf):
+                fail(out, FSC_TRANSLATION, level)
+                return
+            if not leaf:
+                break
+            if config.bbm and level < FINAL_LEVEL and desc & DESC_NT:
+                fail(out, FSC_TRANSLATION, level)       # nT must not be cached, and a shadow is a cache
+                return
+            if desc_address(config, desc) >> config.oa_bits:
+                fail(out, FSC_ADDRESS_SIZE, level)
+                return
+            if not desc & DESC_AF and not config.ha:
+                fail(out, FSC_ACCESS_FLAG, level)
+                return
+            describe_leaf(config, desc, out)
+            out.level = <int8_t>level
+            out.size = (<uint64_t>1) << shift
+            out.pa = leaf_output(config, desc, ipa, level, shift)
+            need = required_perm(access)
+            desired = desc | DESC_AF
+            if access & ACCESS_WRITE and config.hd and desc & DESC_DBM:
+                desired |= DESC_S2AP_W
+                need &= ~ACCESS_WRITE
+            if need & ~out.perm or (access & ACCESS_PTW and config.ptw and memattr_is_device(out.memattr, config.fwb)):
+                fail(out, FSC_PERMISSION, level)
+                return
+            if desired == desc:
+                return
+            out.updated = 1
+            if not update:
+                return
+            swapped = cas_desc(view, address, config.big_endian, &desc, desired)
+            if swapped == CAS_DONE:
+                out.desc = desired
+                out.perm = s2ap_xn_to_perm(desired, config.xnx)
+                return
+            if swapped == CAS_REFUSED:
+                memset(out, 0, sizeof(walk_t))
+                out.desc = desc
+                out.desc_addr = address
+                fail(out, FSC_WALK_ABORT, level)
+                return
+            # Lost: nothing that the old value said may stay.
+            memset(out, 0, sizeof(walk_t))
+            out.desc_addr = address
+        table = desc_address(config, desc) & ~(((<uint64_t>1) << config.granule_bits) - 1)
+        if table >> config.oa_bits:
+            fail(out, FSC_ADDRESS_SIZE, level)
+            return
+        level += 1
+        shift -= config.granule_bits - 3
+        index = (ipa >> shift) & (((<uint64_t>1) << (config.granule_bits - 3)) - 1)
+
+
+cdef class Walk:
+    """The outcome of one walk: the fields of ``WALK_DTYPE`` as attributes, and ``fault``."""
+
+    @property
+    def status(self):
+        return self.c.status
+
+    @property
+    def fsc(self):
+        return self.c.fsc
+
+    @property
+    def level(self):
+        return self.c.level
+
+    @property
+    def perm(self):
+        return self.c.perm
+
+    @property
+    def memattr(self):
+        return self.c.memattr
+
+    @property
+    def sh(self):
+        return self.c.sh
+
+    @property
+    def contiguous(self):
+        return self.c.contiguous
+
+    @property
+    def updated(self):
+        return self.c.updated
+
+    @property
+    def pa(self):
+        return self.c.pa
+
+    @property
+    def size(self):
+        return self.c.size
+
+    @property
+    def desc(self):
+        return self.c.desc
+
+    @property
+    def desc_addr(self):
+        return self.c.desc_addr
+
+    @property
+    def fault(self):
+        """None, or the fault as text, such as ``translation fault, level 2``."""
+        return fault_text(self.c.fsc) if self.c.status else None
+
+    def __repr__(self):
+        if self.c.status:
+            return f"Walk({self.ipa:#x}: {self.fault})"
+        return f"Walk({self.ipa:#x} → {self.pa:#x}, {size_text(self.size)}, {perm_text(self.perm)}, level {self.level})"
+
+
+def walk(GuestMemory mem not None, Stage2Config cfg not None, uint64_t ipa, access=Access.READ, bint update=True):
+    """Translate ``ipa`` through L1's stage 2 -> ``Walk``.
+
+    ``access`` is an ``Access`` mask; several of READ, WRITE and EXEC must all be allowed. With ``update`` the
+    hardware access flag (and dirty state) is written into the descriptor by compare-and-swap; without it nothing
+    is written and ``updated`` says that a write was due. A descriptor that cannot be read, or cannot be updated
+    because its page is read-only, is an external abort on the walk. After a permission fault the leaf is still
+    described. Source: Arm ARM, AArch64.S2Translate; order of checks as in its pseudocode.
+    """
+    cdef Walk result = Walk.__new__(Walk)
+    cdef mem_view_t view
+    cdef uint8_t mask = access
+    result.ipa = ipa
+    mem.pin(&view)
+    walk_stage2(&view, &cfg.c, ipa, mask, update, &result.c)
+    mem.unpin()
+    return result
+
+
+def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=Access.READ, bint update=True, out=None):
+    """Translate many addresses: uint64[n] -> ``WALK_DTYPE``[n]; the GIL is released.
+
+    ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE``[n] to write into.
+    """
+    cdef const uint64_t[::1] addresses = as_addresses(ipas)
+    cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
+    cdef Py_ssize_t n = addresses.shape[0], at = 0, end, stride = 1 if masks.shape[0] > 1 else 0
+    cdef uint8_t[::1] raw
+    cdef walk_t *rows
+    cdef mem_view_t view
+    out = as_output(out, WALK_DTYPE, n)
+    if n == 0:
+        return out
+    raw = out.view(np.uint8)
+    rows = <walk_t *>&raw[0]
+    mem.pin(&view)
+    try:
+        while at < n:
+            end = min(n, at + SIGNAL_CHECK_INTERVAL)
+            with nogil:
+                while at < end:
+                    walk_stage2(&view, &cfg.c, addresses[at], masks[at * stride], update, rows + at)
+                    at += 1
+            PyErr_CheckSignals()
+    finally:
+        mem.unpin()
+    return out
+
+
+def as_addresses(ipas):
+    """A C-contiguous uint64 vector, without a copy where possible."""
+    array = np.asarray(ipas)
+    if array.dtype != np.uint64:
+        if array.size and array.dtype.kind not in "ui":
+            raise TypeError(f"ipas must be integers, got {array.dtype}")
+        if array.dtype.kind == "i" and array.size and array.min() < 0:
+            raise ValueError("ipas must not be negative")
+        array = array.astype(np.uint64)
+    if array.ndim != 1:
+        raise ValueError(f"ipas must be one-dimensional, got {array.ndim} dimensions")
+    return np.ascontiguousarray(array)
+
+
+def as_masks(access, n):
+    """A uint8 vector of ``n`` access masks, or of one that stands for all."""
+    array = np.asarray(access)
+    if array.ndim == 0:
+        return np.array([int(access)], dtype=np.uint8)
+    if array.shape != (n,):
+        raise ValueError(f"access must be one mask or have the length of ipas ({n}), got shape {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.uint8)
+
+
+def as_output(out, dtype, n):
+    """``out`` checked, or a new array."""
+    if out is None:
+        return np.empty(n, dtype=dtype)
+    if not isinstance(out, np.ndarray) or out.dtype != dtype:
+        raise TypeError(f"out must be an array of {dtype}")
+    if out.shape != (n,) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"out must be a writable C-contiguous array of {n} elements, got shape {out.shape}")
+    return out
+
+
+cdef struct collector_t:
+    leaf_t *rows
+    uint64_t count
+    uint64_t capacity
+    uint64_t limit
+    uint64_t budget             # descriptors still allowed to be read: tables may loop
+
+
+cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t table, uint64_t ipa, int level,
+                       uint64_t entries, collector_t *into) noexcept nogil:
+    """Append the leaves of one table; 0, or -1 over a limit, -2 out of memory."""
+    cdef int shift = level_shift(config.granule_bits, level)
+    cdef uint64_t i, desc = 0, next_table, address
+    cdef bint leaf = False
+    cdef walk_t walked
+    cdef leaf_t *row
+    cdef int result
+    cdef void *grown
+    if into.budget < entries:
+        return -1
+    into.budget -= entries
+    for i in range(entries):
+        if not read_desc(view, table + (i << 3), config.big_endian, &desc):
+            return 0
+        if not is_leaf_or_fault(config, desc, level, &leaf):
+            continue
+        address = desc_address(config, desc)
+        if address >> config.oa_bits:
+            continue
+        if not leaf:
+            next_table = address & ~(((<uint64_t>1) << config.granule_bits) - 1)
+            result = collect_table(view, config, next_table, ipa + (i << shift), level + 1,
+                                   (<uint64_t>1) << (config.granule_bits - 3), into)
+            if result:
+                return result
+            continue
+        if into.count == into.limit:
+            return -1
+        if into.count == into.capacity:
+            into.capacity = into.capacity * 2 if into.capacity else 1024
+            grown = realloc(into.rows, into.capacity * sizeof(leaf_t))
+            if grown == NULL:
+                return -2
+            into.rows = <leaf_t *>grown
+        row = into.rows + into.count
+        into.count += 1
+        describe_leaf(config, desc, &walked)
+        row.ipa = ipa + (i << shift)
+        row.pa = leaf_output(config, desc, row.ipa, level, shift)
+        row.size = (<uint64_t>1) << shift
+        row.desc = desc
+        row.level = <int8_t>level
+        row.perm = walked.perm
+        row.memattr = walked.memattr
+        row.sh = walked.sh
+    return 0
+
+
+def leaves(GuestMemory mem not None, Stage2Config cfg not None, uint64_t limit=1 << 24):
+    """Every leaf of L1's table under ``cfg``, sorted by IPA: ``LEAF_DTYPE`` array. Nothing is written.
+
+    Leaves count whatever their permissions and access flag; what a walk would refuse by type or output size does
+    not. ``ValueError`` when there are more than ``limit`` leaves or the tables loop; an empty array when stage 2
+    is off or the configuration is illegal.
+    """
+    cdef collector_t into
+    cdef mem_view_t view
+    cdef int result = 0
+    cdef uint64_t entries
+    cdef uint8_t[::1] raw
+    if not cfg.c.enabled or cfg.c.has_error:
+        return np.empty(0, dtype=LEAF_DTYPE)
+    memset(&into, 0, sizeof(into))
+    into.limit = limit
+    into.budget = (limit + 4096) * 64
+    entries = (<uint64_t>1) << (cfg.c.ia_bits - level_shift(cfg.c.granule_bits, cfg.c.start_level))
+    mem.pin(&view)
+    with nogil:
+        result = collect_table(&view, &cfg.c, cfg.c.base, 0, cfg.c.start_level, entries, &into)
+    mem.unpin()
+    try:
+        if result == -1:
+            raise ValueError(f"more than {limit} leaves, or tables that loop")
+        if result == -2:
+            raise MemoryError("leaves")
+        out = np.empty(into.count, dtype=LEAF_DTYPE)
+        if into.count:
+            raw = out.view(np.uint8)
+            memcpy(&raw[0], into.rows, into.count * sizeof(leaf_t))
+        return out
+    finally:
+        free(into.rows)

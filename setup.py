@@ -1,0 +1,55 @@
+"""Extension modules and compiler directives; everything else is in pyproject.toml.
+
+S2SHADOW_CHECKED=1                     bounds, None and initialisation checks, C assertions
+S2SHADOW_SANITIZE=address,undefined    one -fsanitize=… for each, with frame pointers and line numbers
+CFLAGS                                 where set, replaces -O2 -g0
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+CHECKED = os.environ.get("S2SHADOW_CHECKED", "0") not in ("", "0")
+SANITIZE = [f"-fsanitize={name}" for name in os.environ.get("S2SHADOW_SANITIZE", "").split(",") if name]
+
+QUIET = ["-Wno-unused-function", "-Wno-sign-compare"]  # generated code only
+compile_args = QUIET if "CFLAGS" in os.environ else ["-O2", "-g0", *QUIET]
+if CHECKED:
+    compile_args = [*compile_args, "-UNDEBUG"]
+if SANITIZE:
+    compile_args = [*compile_args, "-g1", "-fno-omit-frame-pointer", *SANITIZE]
+
+directives = {
+    "language_level": 3,
+    "boundscheck": CHECKED,
+    "initializedcheck": CHECKED,
+    "nonecheck": CHECKED,
+    "wraparound": False,
+    "cdivision": True,
+    "embedsignature": True,
+    "embedsignature.format": "python",
+    "freethreading_compatible": True,
+}
+extensions = [
+    Extension(
+        f"s2shadow.{path.stem}",
+        [path.as_posix()],
+        extra_compile_args=compile_args,
+        extra_link_args=["-pthread", *SANITIZE],
+    )
+    for path in sorted(Path("s2shadow").glob("*.pyx"))
+]
+
+if __name__ == "__main__":  # cythonize's worker processes may import this file
+    setup(
+        ext_modules=cythonize(
+            extensions,
+            # away from the sources, and apart, since cythonize compares times and not directives
+            build_dir="build/cython-checked" if CHECKED else "build/cython",
+            nthreads=2,
+            compiler_directives=directives,
+        ),
+        options={"build_ext": {"parallel": os.cpu_count()}},
+    )
