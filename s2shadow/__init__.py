@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from s2shadow import constants as _constants
 from s2shadow.combine import Combined, combine
 from s2shadow.config import Stage2Config
 from s2shadow.constants import *  # noqa: F403
@@ -28,3 +29,36 @@ from s2shadow.tlbi import UndefinedInstruction
 from s2shadow.walker import LEAF_DTYPE, WALK_DTYPE, Walk, leaves, walk, walk_many
 
 __version__ = _version("s2shadow")
+
+__all__ = [
+    *_constants.__all__,
+    "FAULT_DTYPE",
+    "HOST_LEAF_DTYPE",
+    "HW_TLBI_DTYPE",
+    "LEAF_DTYPE",
+    "REVERSE_DTYPE",
+    "SHADOW_DTYPE",
+    "VCPU",
+    "WALK_DTYPE",
+    "Combined",
+    "Context",
+    "Fault",
+    "Features",
+    "GuestMemory",
+    "HostMapping",
+    "HostStage2",
+    "Invalidation",
+    "InvariantError",
+    "Linear",
+    "NestedVM",
+    "Region",
+    "Stage2Config",
+    "Stats",
+    "TlbiResult",
+    "UndefinedInstruction",
+    "Walk",
+    "combine",
+    "leaves",
+    "walk",
+    "walk_many",
+]

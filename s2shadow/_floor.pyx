@@ -9,9 +9,10 @@ cdef extern from *:
     static inline uint64_t s2_now_ns(void)
     { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return (uint64_t)t.tv_sec * 1000000000u + t.tv_nsec; }
     static volatile uint64_t s2_sink;
+    static inline void s2_keep(uint64_t value) { s2_sink = value; }
     """
     uint64_t now_ns "s2_now_ns"() noexcept nogil
-    uint64_t sink "s2_sink"
+    void keep "s2_keep"(uint64_t value) noexcept nogil
 
 cdef enum:
     LINE_WORDS = 8              # one link per 64-byte line
@@ -39,11 +40,11 @@ def chase(uint64_t footprint, uint64_t steps=1 << 20, uint64_t seed=1):
             words[i * LINE_WORDS] *= LINE_WORDS
         for i in range(min(lines, steps)):
             at = words[at]
-        sink = at                       # a volatile store on either side keeps the loads between the clock reads
+        keep(at)                       # a volatile store on either side keeps the loads between the clock reads
         began = now_ns()
         for i in range(steps):
             at = words[at]
-        sink = at
+        keep(at)
         took = now_ns() - began
     free(words)
     return took / <double>steps

@@ -9,7 +9,7 @@ from s2shadow.arch cimport (
 from s2shadow.context cimport same_key
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, region_t
-from s2shadow.rmap cimport HEAD_TAG, link_next, link_prev, node_t
+from s2shadow.rmap cimport HEAD_TAG, MARKER_BYTES, is_marker, known_head, link_next, link_prev, node_t
 from s2shadow.table cimport (
     CANONICAL, GUEST_LEVELS, child_page, is_table, page_cost, page_t, slot_ipa, table_find, table_t,
 )
@@ -73,6 +73,7 @@ cdef struct totals_t:
     uint64_t link_pages
     uint64_t inner_nodes
     uint64_t leaf_nodes
+    uint64_t markers
 
 
 cdef bint found(finding_t *finding, int rule, uint32_t slot, uint64_t seen, uint64_t wanted) noexcept nogil:
@@ -180,23 +181,34 @@ cdef bint check_leaf(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, i
 
 cdef bint check_list(vm_t *vm, mem_view_t *view, uint32_t head, int level, uint64_t cipa, totals_t *totals, finding_t *finding) noexcept nogil:
     cdef uint32_t slot = vm.rmap.heads[head], before = HEAD_TAG | head
-    cdef const page_t *page
-    cdef uint64_t desc
+    cdef bint after_marker = False
     while slot:
-        page = &vm.arena.pages[slot >> vm.arena.slot_bits]
-        desc = vm.arena.words[slot]
-        if not desc & DESC_VALID or is_table(desc, page.level) or page.level != level or page.context == CANONICAL:
-            return found(finding, R_ENTRY, slot, desc, level)
         if link_prev(&vm.arena, slot)[0] != before:
-            return found(finding, R_LINKS, slot, link_prev(&vm.arena, slot)[0], before)
-        if not check_host_half(vm, view, slot, desc, cipa, level, finding):
+            return found(finding, R_LINKS, head, link_prev(&vm.arena, slot)[0], before)
+        if is_marker(&vm.rmap, slot):
+            if after_marker or known_head(&vm.rmap, slot) != head:
+                return found(finding, R_LINKS, head, known_head(&vm.rmap, slot), head)
+            totals.markers += 1
+        elif not check_entry(vm, view, slot, level, cipa, totals, finding):
             return False
-        totals.entries += 1
-        if totals.entries > totals.leaves:
-            return found(finding, R_COUNT, slot, totals.entries, totals.leaves)
+        after_marker = is_marker(&vm.rmap, slot)
         before = slot
         slot = link_next(&vm.arena, slot)[0]
+    if after_marker:
+        return found(finding, R_LINKS, head, before, 0)
     return True
+
+
+cdef bint check_entry(vm_t *vm, mem_view_t *view, uint32_t slot, int level, uint64_t cipa, totals_t *totals, finding_t *finding) noexcept nogil:
+    """One element of a list against the leaf that it names."""
+    cdef const page_t *page = &vm.arena.pages[slot >> vm.arena.slot_bits]
+    cdef uint64_t desc = vm.arena.words[slot]
+    if not desc & DESC_VALID or is_table(desc, page.level) or page.level != level or page.context == CANONICAL:
+        return found(finding, R_ENTRY, slot, desc, level)
+    totals.entries += 1
+    if totals.entries > totals.leaves:
+        return found(finding, R_COUNT, slot, totals.entries, totals.leaves)
+    return check_host_half(vm, view, slot, desc, cipa, level, finding)
 
 
 cdef bint check_node(vm_t *vm, mem_view_t *view, uint32_t node, uint32_t parent, totals_t *totals, finding_t *finding) noexcept nogil:
@@ -255,10 +267,10 @@ cdef bint check_contexts(vm_t *vm, mem_view_t *view, totals_t *totals, finding_t
 cdef void check_vm(vm_t *vm, mem_view_t *view, finding_t *finding) noexcept nogil:
     """Scan everything (exclusive side); ``finding`` is the first broken rule."""
     cdef totals_t totals
-    cdef uint64_t installed = 0
+    cdef uint64_t installed = 0, rmap_bytes
     cdef uint64_t links = <uint64_t>8 << vm.arena.slot_bits, heads = <uint64_t>4 << vm.arena.slot_bits
     cdef uint32_t i
-    totals.leaves = totals.entries = totals.table_pages = totals.link_pages = totals.inner_nodes = totals.leaf_nodes = 0
+    totals.leaves = totals.entries = totals.table_pages = totals.link_pages = totals.inner_nodes = totals.leaf_nodes = totals.markers = 0
     found(finding, 0, 0, 0, 0)
     if not check_contexts(vm, view, &totals, finding) or not check_table(vm, view, &vm.canonical, &totals, finding):
         return
@@ -268,8 +280,10 @@ cdef void check_vm(vm_t *vm, mem_view_t *view, finding_t *finding) noexcept nogi
         if totals.entries != totals.leaves:
             found(finding, R_COUNT, 0, totals.entries, totals.leaves)
             return
-        if vm.arena.rmap_bytes != (totals.inner_nodes * 2 + totals.leaf_nodes) * heads + (totals.inner_nodes + totals.leaf_nodes) * sizeof(node_t):
-            found(finding, R_RMAP_BYTES, 0, vm.arena.rmap_bytes, 0)
+        rmap_bytes = (totals.inner_nodes * 2 + totals.leaf_nodes) * heads
+        rmap_bytes += (totals.inner_nodes + totals.leaf_nodes) * sizeof(node_t) + totals.markers * MARKER_BYTES
+        if vm.arena.rmap_bytes != rmap_bytes:
+            found(finding, R_RMAP_BYTES, 0, vm.arena.rmap_bytes, rmap_bytes)
             return
     for i in range(vm.vcpu_count):
         installed += vm.vcpus[i].installed

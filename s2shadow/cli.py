@@ -109,7 +109,7 @@ def add_storm(commands: Any) -> None:
     events.add_argument("--event-pages", type=number(1), metavar="P", help="pages per event (default 1)")
     events.add_argument("--teardown", action="extend", nargs="+", type=policy_list, metavar="POLICY",
                         help="policies, in this order: reverse-map, blow-away, blow-away-lean (default: all)")
-    events.add_argument("--tlbi", choices=("exact", "kvm72"), help="extent of L1's TLBIs (default exact)")
+    events.add_argument("--tlbi", choices=("exact",), help="extent of L1's TLBIs (default exact)")
     events.add_argument("--seed", type=number(0), metavar="S", help="seed of the events and of the layout (default 1)")
     events.add_argument("--write", action="store_true", help="touch by writing (default: reading)")
     events.add_argument("--seconds", type=seconds, metavar="T",
@@ -320,14 +320,15 @@ class Counter:
 
 
 class Bar:
-    """The same with rich: one bar per policy."""
+    """The same with rich: one bar per policy. Drawn only when told, never by a thread beside what is being timed."""
 
     def __init__(self, stream: TextIO):
         from rich.console import Console
         from rich.progress import Progress
 
-        self.progress = Progress(console=Console(file=stream), transient=True)
+        self.progress = Progress(console=Console(file=stream), transient=True, auto_refresh=False)
         self.tasks: dict[str, Any] = {}
+        self.last = 0.0
 
     def __enter__(self) -> Callable[[str, float], None]:
         self.progress.start()
@@ -340,6 +341,10 @@ class Bar:
         if policy not in self.tasks:
             self.tasks[policy] = self.progress.add_task(policy, total=1.0)
         self.progress.update(self.tasks[policy], completed=done)
+        now = time.monotonic()
+        if now - self.last >= 0.1 or done >= 1:
+            self.last = now
+            self.progress.refresh()
 
 
 class Silence:

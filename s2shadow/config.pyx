@@ -1,6 +1,7 @@
 """Stage-2 configuration as L1 programs it (spec 01, sections 1, 2 and 4)."""
 
 from s2shadow.arch cimport FSC_ADDRESS_SIZE, FSC_TRANSLATION, level_shift
+from s2shadow.arguments cimport as_u64
 from s2shadow.constants import HCR_VM, size_text
 from s2shadow.features import Features
 
@@ -203,15 +204,14 @@ cdef class Stage2Config:
     reserved PS acts as 52 bits; bits of absent features are RES0. Source: Arm ARM, VTCR_EL2 and VTTBR_EL2.
     """
 
-    def __init__(self, uint64_t vttbr, uint64_t vtcr, features=None, uint64_t hcr=HCR_VM,
-                 bint big_endian=False, uint64_t s2pir=0):
+    def __init__(self, vttbr, vtcr, features=None, hcr=HCR_VM, bint big_endian=False, s2pir=0):
         cdef features_t f
         self.features = Features() if features is None else features
         fill_features(self.features, &f)
-        self.vttbr = vttbr
-        self.vtcr = vtcr
-        self.hcr = hcr
-        decode_config(&f, vttbr, vtcr, hcr, big_endian, s2pir, &self.c)
+        self.vttbr = as_u64(vttbr, "vttbr")
+        self.vtcr = as_u64(vtcr, "vtcr")
+        self.hcr = as_u64(hcr, "hcr")
+        decode_config(&f, self.vttbr, self.vtcr, self.hcr, big_endian, as_u64(s2pir, "s2pir"), &self.c)
 
     @property
     def granule(self):
@@ -260,7 +260,7 @@ cdef class Stage2Config:
     @property
     def error(self):
         """None, or the fault that every walk under this configuration takes, as text."""
-        return fault_text(self.c.error_fsc) if self.c.has_error else None
+        return fault_text(self.c.error_fsc) if self.c.enabled and self.c.has_error else None
 
     def __repr__(self):
         if not self.c.enabled:

@@ -14,21 +14,22 @@ from s2shadow.arch cimport (
     DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, OA_48, PERM_ALL, level_shift,
     level_span, s2ap_xn_to_perm,
 )
+from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport cas32, load64, store32
 from s2shadow.check cimport check_vm, finding_t
 from s2shadow.config cimport decode_config, decode_vmid, fill_features, s2_config_t
 from s2shadow.context cimport context_acquire, context_entries, context_release, context_table_bytes
 from s2shadow.dirty cimport dirty_destroy, dirty_reserve
-from s2shadow.fault cimport STEP_DONE, STEP_POPULATE, fault_run, step_t, translate_one
+from s2shadow.fault cimport STEP_DONE, STEP_POPULATE, fault_run, step_t, translate_run
 from s2shadow.host cimport (
     change_t, changed_since, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
     populate_block,
 )
-from s2shadow.leaf cimport shadow_cipa
+from s2shadow.leaf cimport find_cipa
 from s2shadow.maintenance cimport SCOPE_ALL, SCOPE_IPA, SCOPE_VMID, apply_maintenance, maintenance_t
 from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_destroy, owed_init, owed_take
-from s2shadow.rmap cimport link_next, node_t, rmap_destroy, rmap_find, rmap_init
+from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
 from s2shadow.table cimport (
     CANONICAL, ROOT_PAGES, arena_destroy, arena_init, arena_t, child_page, is_table, next_leaf, page_cost, page_of, page_t,
     reserve_root, slot_ipa, table_find, table_init, table_t,
@@ -38,7 +39,6 @@ from s2shadow.vm cimport (
     TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, lock_exclusive, lock_shared,
     range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
 )
-from s2shadow.vmem cimport release, reserve
 
 from s2shadow.check import RULES
 from s2shadow.config import Stage2Config
@@ -46,7 +46,7 @@ from s2shadow.constants import HCR_FWB, HCR_VM, Access, Kind, perm_text, size_te
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear, memattr_code, perm_mask
 from s2shadow.tlbi import find_operation, has_level_hint, ipa_operand
-from s2shadow.walker import as_addresses, as_masks, as_output, leaves as table_leaves
+from s2shadow.walker import as_access, as_addresses, as_masks, as_output, leaves as table_leaves
 
 FAULT_DTYPE = np.dtype([("kind", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("context", "u2"),
                         ("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("hpfar", "u8")], align=True)
@@ -153,15 +153,6 @@ class Stats:
         return (self.link_bytes + self.rmap_bytes) / self.live if self.live else 0.0
 
 
-cdef uint64_t as_u64(object value, str name) except? 0:
-    try:
-        return value
-    except OverflowError:
-        raise ValueError(f"{name} must be between 0 and 2^64 - 1, got {value}") from None
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
-
-
 cdef class _Engine:
     """Owner of one ``vm_t``; what ``NestedVM``, its vCPUs and its host table share."""
 
@@ -191,7 +182,8 @@ cdef class _Engine:
         self.vm.contexts = <context_t *>calloc(contexts, sizeof(context_t))
         self.vm.vcpus = <vcpu_t *>calloc(vcpus, sizeof(vcpu_t))
         if (self.vm.contexts == NULL or self.vm.vcpus == NULL
-                or not rmap_init(&self.vm.rmap, &self.vm.arena, self.vm.features.pa_bits)
+                or (self.vm.teardown == TEARDOWN_REVERSE_MAP
+                    and not rmap_init(&self.vm.rmap, &self.vm.arena, self.vm.features.pa_bits))
                 or not owed_init(&self.vm.owed, contexts, track)):
             raise MemoryError("cannot set up the engine")
         table_init(&self.vm.arena, &self.vm.canonical, reserve_root(&self.vm.arena), CANONICAL, self.vm.features.pa_bits)
@@ -291,7 +283,7 @@ cdef class _Engine:
         if pa & (self.page_size() - 1):
             raise ValueError(f"pa {pa:#x} is not aligned to the host page ({self.page_size()})")
         if size > limit or cipa > limit - size:
-            raise ValueError(f"[{cipa:#x}, {cipa + size:#x}) is beyond pa_bits={self.vm.features.pa_bits}")
+            raise ValueError(f"cipa {cipa:#x} with size {size:#x} is beyond pa_bits={self.vm.features.pa_bits}")
         if pa > limit - size:
             raise ValueError(f"pa {pa:#x} with size {size:#x} is beyond pa_bits={self.vm.features.pa_bits}")
         self.fill_attrs(perm, memattr, &attrs)
@@ -475,14 +467,12 @@ cdef class _Engine:
     def shadow(self, index):
         cdef context_t *context
         cdef uint64_t n = 0, at = 0, span, end
-        cdef uint64_t *deep = NULL
-        cdef size_t deep_size = (<size_t>self.vm.arena.page_limit << self.vm.arena.slot_bits) * 8
         cdef uint8_t[::1] raw
         cdef shadow_t *row
         cdef uint32_t slot
         cdef int level = 0
         with nogil:
-            lock_shared(&self.vm.lock)
+            lock_exclusive(&self.vm.lock)
         try:
             context = self.context_at(index)
             out = np.zeros(context_entries(&self.vm, context), dtype=SHADOW_DTYPE)
@@ -496,19 +486,12 @@ cdef class _Engine:
                     break
                 row = <shadow_t *>&raw[0] + n
                 self.describe(slot, level, at, row)
-                if not shadow_cipa(&self.vm, slot, &row.cipa):
-                    if deep == NULL:
-                        deep = <uint64_t *>reserve(deep_size)
-                        if deep == NULL:
-                            raise MemoryError("cannot reserve address space to list long aliases")
-                        self.note_cipas(self.vm.rmap.root, deep)
-                    row.cipa = deep[slot]
+                row.cipa = find_cipa(&self.vm, slot)
                 at += row.size
                 n += 1
             return out[:n]
         finally:
             unlock(&self.vm.lock)
-            release(deep, deep_size)
 
     cdef void describe(self, uint32_t slot, int level, uint64_t ipa, shadow_t *row) noexcept nogil:
         cdef uint64_t desc = load64(self.vm.arena.words + slot)
@@ -522,21 +505,6 @@ cdef class _Engine:
         row.young = (desc & DESC_AF) != 0
         row.level = <int8_t>level
         row.guest_level = <int8_t>(<int>read_tag(desc) + LEVEL_STAGE2_OFF)
-
-    cdef void note_cipas(self, uint32_t node, uint64_t *cipas) noexcept nogil:
-        """By slot, the cIPA of every leaf of the reverse map: for lists too long to climb leaf by leaf."""
-        cdef node_t *meta = &self.vm.rmap.nodes[node]
-        cdef int shift = level_shift(self.vm.arena.granule_bits, meta.level)
-        cdef uint64_t i
-        cdef uint32_t name, slot
-        for i in range(<uint64_t>1 << self.vm.arena.slot_bits):
-            name = <uint32_t>((<uint64_t>node << self.vm.arena.slot_bits) + i)
-            slot = self.vm.rmap.heads[name]
-            while slot:
-                cipas[slot] = meta.cipa + (i << shift)
-                slot = link_next(&self.vm.arena, slot)[0]
-            if meta.level < FINAL_LEVEL and self.vm.rmap.children[name]:
-                self.note_cipas(self.vm.rmap.children[name], cipas)
 
     def reverse(self, uint64_t cipa):
         cdef int level
@@ -553,8 +521,9 @@ cdef class _Engine:
                 head = rmap_find(&self.vm.rmap, cipa, level)
                 slot = self.vm.rmap.heads[head] if head else 0
                 while slot:
-                    rows.append((slot_ipa(&self.vm.arena, slot), level_span(self.vm.arena.granule_bits, level),
-                                 self.vm.arena.pages[page_of(&self.vm.arena, slot)].context))
+                    if not is_marker(&self.vm.rmap, slot):
+                        rows.append((slot_ipa(&self.vm.arena, slot), level_span(self.vm.arena.granule_bits, level),
+                                     self.vm.arena.pages[page_of(&self.vm.arena, slot)].context))
                     slot = link_next(&self.vm.arena, slot)[0]
         finally:
             unlock(&self.vm.lock)
@@ -604,7 +573,7 @@ cdef class _Engine:
     def take_tlbis(self, limit):
         cdef uint32_t taken, wanted
         cdef uint8_t[::1] raw
-        wanted = self.vm.owed.capacity if limit is None else min(limit, self.vm.owed.capacity)
+        wanted = self.vm.owed.capacity if limit is None else min(as_u64(limit, "limit"), self.vm.owed.capacity)
         out = np.zeros(max(wanted, 1), dtype=HW_TLBI_DTYPE)
         raw = out.view(np.uint8)
         taken = owed_take(&self.vm.owed, <hw_tlbi_t *>&raw[0], wanted)
@@ -616,7 +585,7 @@ cdef class _Engine:
         cdef uint64_t installed = 0, relaxed = 0, replaced = 0, host_leaves
         memset(kinds, 0, sizeof(kinds))
         with nogil:
-            lock_exclusive(&self.vm.lock)
+            lock_shared(&self.vm.lock)
             for i in range(self.vm.vcpu_count):
                 for k in range(8):
                     kinds[k] += self.vm.vcpus[i].kinds[k]
@@ -833,7 +802,7 @@ cdef class VCPU:
         """Serve one stage-2 fault of L2 -> ``Fault``; ``MemoryError`` when the allocator refuses."""
         cdef Fault result = Fault.__new__(Fault)
         cdef uint64_t address = as_u64(ipa, "ipa")
-        cdef uint8_t mask = access
+        cdef uint8_t mask = as_access(access)
         self.enter_loaded()
         try:
             self.run(&address, &mask, 0, &result.c, 1)
@@ -930,12 +899,10 @@ cdef class VCPU:
         """What the hardware would find in the shadow -> ``Fault`` of kind HIT or MISS. Changes nothing."""
         cdef Fault result = Fault.__new__(Fault)
         cdef uint64_t address = as_u64(ipa, "ipa")
-        cdef uint8_t mask = access
+        cdef uint8_t mask = as_access(access)
         self.enter_loaded()
         with nogil:
-            lock_shared(&self.engine.vm.lock)
-            translate_one(&self.engine.vm, self.c, address, mask, &result.c)
-            unlock(&self.engine.vm.lock)
+            translate_run(&self.engine.vm, self.c, &address, &mask, 0, &result.c, 1)
         self.leave()
         return result
 
@@ -943,27 +910,20 @@ cdef class VCPU:
         """``translate`` for uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released."""
         cdef const uint64_t[::1] addresses = as_addresses(ipas)
         cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
-        cdef Py_ssize_t n = addresses.shape[0], at = 0, end, stride = 1 if masks.shape[0] > 1 else 0
+        cdef Py_ssize_t n = addresses.shape[0], at = 0, step, stride = 1 if masks.shape[0] > 1 else 0
         cdef uint8_t[::1] raw
-        cdef fault_t *rows
         out = as_output(out, FAULT_DTYPE, n)
         if n == 0:
             return out
         raw = out.view(np.uint8)
-        rows = <fault_t *>&raw[0]
         self.enter_loaded()
         try:
             while at < n:
+                step = min(n - at, SIGNAL_CHECK_INTERVAL)
                 with nogil:
-                    while at < n:
-                        end = min(n, at + FAULT_CHUNK)
-                        lock_shared(&self.engine.vm.lock)
-                        while at < end:
-                            translate_one(&self.engine.vm, self.c, addresses[at], masks[at * stride], rows + at)
-                            at += 1
-                        unlock(&self.engine.vm.lock)
-                        if at % SIGNAL_CHECK_INTERVAL == 0:
-                            break
+                    translate_run(&self.engine.vm, self.c, &addresses[at], &masks[at * stride], stride,
+                                  <fault_t *>&raw[0] + at, step)
+                at += step
                 PyErr_CheckSignals()
         finally:
             self.leave()

@@ -9,6 +9,7 @@ ctypedef enum step_t:
     STEP_EXCLUSIVE              # again, on the exclusive side
     STEP_POPULATE               # the embedder must be asked for a mapping of ``out.cipa``
 
-cdef void translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil
+cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
+                        fault_t *out, int64_t n) noexcept nogil
 cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                       fault_t *out, int64_t n, int64_t *at) noexcept nogil

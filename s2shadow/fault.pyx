@@ -18,7 +18,7 @@ from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
 from s2shadow.host cimport grant_write, populate_linear
-from s2shadow.leaf cimport drop_below, drop_leaf, evict, shadow_cipa
+from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_relaxed, owed_begin, owed_end
 from s2shadow.rmap cimport rmap_ensure, rmap_push, rmap_tidy
@@ -74,8 +74,18 @@ cdef void begin_result(const vcpu_t *vcpu, uint64_t ipa, fault_t *out) noexcept 
     out.hpfar = hpfar(ipa)
 
 
-cdef void translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
-    """What the hardware would find in the shadow now: HIT or MISS. Changes nothing (shared side)."""
+cdef bint block_of(vm_t *vm, uint32_t slot, bint exclusive, uint64_t *block) noexcept nogil:
+    """cIPA of a leaf's block; False if only the exclusive side can tell."""
+    if shadow_cipa(vm, slot, block):
+        return True
+    if not exclusive:
+        return False
+    block[0] = find_cipa(vm, slot)
+    return True
+
+
+cdef step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, fault_t *out) noexcept nogil:
+    """What the hardware would find in the shadow now: HIT or MISS. Changes nothing that can be seen."""
     cdef uint64_t desc = 0, block = 0
     cdef int level = 0
     cdef uint32_t slot
@@ -83,22 +93,48 @@ cdef void translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fa
     out.kind = KIND_MISS
     slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
     if not slot or not desc & DESC_AF or not perm_allows(desc, required_perm(access)):
-        return
-    if device_walk_refused(vcpu, vm, desc, access) or not shadow_cipa(vm, slot, &block):
-        return
+        return STEP_DONE
+    if device_walk_refused(vcpu, vm, desc, access):
+        return STEP_DONE
+    if not block_of(vm, slot, exclusive, &block):
+        return STEP_EXCLUSIVE
     out.kind = KIND_HIT
     describe_hit(vm, desc, ipa, level, block, out)
+    return STEP_DONE
 
 
-cdef bint try_hit(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
-    """Answer from a live leaf, setting AF in shadow and host where it is clear."""
+cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
+                        fault_t *out, int64_t n) noexcept nogil:
+    """Translate addresses, under the shared side as far as it goes."""
+    cdef int64_t at = 0, end
+    cdef step_t step = STEP_DONE
+    while at < n:
+        end = at + FAULT_CHUNK if n - at > FAULT_CHUNK else n
+        lock_shared(&vm.lock)
+        while at < end:
+            step = translate_one(vm, vcpu, ipas[at], masks[at * stride], False, out + at)
+            if step != STEP_DONE:
+                break
+            at += 1
+        unlock(&vm.lock)
+        if step == STEP_EXCLUSIVE:
+            lock_exclusive(&vm.lock)
+            step = translate_one(vm, vcpu, ipas[at], masks[at * stride], True, out + at)
+            unlock(&vm.lock)
+            at += 1
+
+
+cdef bint try_hit(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, step_t *step, fault_t *out) noexcept nogil:
+    """Answer from a live leaf, setting AF in shadow and host where it is clear; ``step`` says if that is all."""
     cdef uint64_t desc = 0, block = 0
-    cdef int level = 0, host_level = 0
+    cdef int level = 0
     cdef uint32_t slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
+    step[0] = STEP_DONE
     if not slot or not perm_allows(desc, required_perm(access)) or device_walk_refused(vcpu, vm, desc, access):
         return False
-    if not shadow_cipa(vm, slot, &block):
-        return False
+    if not block_of(vm, slot, exclusive, &block):
+        step[0] = STEP_EXCLUSIVE
+        return True
     describe_hit(vm, desc, ipa, level, block, out)
     if vm.active_count and is_active(vm, out.cipa):
         out.kind = KIND_RETRY
@@ -160,10 +196,10 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     cdef uint32_t slot
     cdef int level = 0, populated
     cdef uint8_t need = required_perm(access)
+    cdef step_t step = STEP_DONE
     begin_result(vcpu, ipa, out)
-    if try_hit(vm, vcpu, ipa, access, out):
-        return STEP_DONE
-    begin_result(vcpu, ipa, out)
+    if try_hit(vm, vcpu, ipa, access, exclusive, &step, out):
+        return step
     walk_stage2(&vcpu.view, &vcpu.config, ipa, access, True, &walked)
     if walked.updated:
         mark_dirty(&vm.dirty, walked.desc_addr)     # L0 wrote L1's memory: migration must see it
@@ -173,7 +209,7 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     out.cipa = walked.pa
     out.level = walked.level
     region = find_region(&vcpu.view, walked.pa)
-    if region == NULL:
+    if region == NULL or walked.pa >> vm.canonical.ia_bits:
         out.kind = KIND_MMIO
         out.fsc = FSC_EXTERNAL_ABORT
         return STEP_DONE
@@ -267,7 +303,7 @@ cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t
                 continue
             return filled
         if level == leaf.level and not is_table(desc, level):
-            if relax_leaf(vm, vcpu, slot, desc, ipa, block, leaf, may_keep_write, out):
+            if relax_leaf(vm, vcpu, slot, desc, ipa, block, leaf, may_keep_write, exclusive, out):
                 return INSTALL_DONE
             if load64(vm.arena.words + slot) != desc and not exclusive:
                 continue                    # it changed under us: look again
@@ -305,14 +341,14 @@ cdef install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t block, 
 
 
 cdef bint relax_leaf(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t desc, uint64_t ipa, uint64_t block, combined_t *leaf,
-                     bint may_keep_write, fault_t *out) noexcept nogil:
+                     bint may_keep_write, bint exclusive, fault_t *out) noexcept nogil:
     """Add permissions to a live leaf that maps the same block in the same way; False if it must be replaced."""
     cdef uint64_t permissions = <uint64_t>0xC0 | DESC_XN
     cdef uint64_t known = 0, desired = leaf.desc
     cdef uint8_t old = s2ap_xn_to_perm(desc, True)
     if (desc ^ desired) & ~(permissions | DESC_AF):
         return False
-    if not shadow_cipa(vm, slot, &known) or known != block:
+    if not block_of(vm, slot, exclusive, &known) or known != block:
         return False                        # equal PA is not enough: two cIPAs may share a page (KSM)
     if may_keep_write and old & ACCESS_WRITE:
         desired |= DESC_S2AP_W              # the page is marked already

@@ -21,6 +21,7 @@ from s2shadow.owed cimport owed_begin, owed_end
 from s2shadow.rmap cimport rmap_is_empty
 from s2shadow.table cimport (
     arena_has_room, is_table, leaf_added, leaf_removed, next_leaf, page_of, split_block, table_ensure, table_find,
+    table_tidy,
 )
 from s2shadow.vm cimport (
     ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, lock_exclusive, range_t, sched_yield,
@@ -82,26 +83,29 @@ cdef void finish(vm_t *vm, change_t *change) noexcept nogil:
     unlock(&vm.lock)
 
 
-cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
-    """Remove every shadow leaf that overlaps [start, end), in chunks."""
+cdef bint register_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Announce that [start, end) is being worked on; False if too many are, and the work must be done at once."""
+    if vm.active_count == ACTIVE_RANGES:
+        return False
+    vm.active[vm.active_count].start = start
+    vm.active[vm.active_count].end = end
+    vm.active_count += 1
+    return True
+
+
+cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, bint chunked, change_t *change) noexcept nogil:
+    """Remove every shadow leaf that overlaps [start, end)."""
     cdef visit_t visit
-    cdef uint32_t at = vm.active_count
-    cdef bint chunked = at < ACTIVE_RANGES
     if not has_reverse_map(vm):
         count_kernel_steps(vm)
         change.dropped += drop_everything(vm)
         return
     visit_init(&visit, OP_DROP, start, end)
     if chunked:
-        vm.active[at].start = start
-        vm.active[at].end = end
-        vm.active_count += 1
         visit.budget = DROP_CHUNK
     while not visit_canonical(vm, &visit):
         breathe(vm)
         visit.budget = DROP_CHUNK
-    if chunked:
-        forget_active(vm, start, end)
     change.dropped += visit.dropped
 
 
@@ -136,6 +140,20 @@ cdef void drop_shadows_at_once(vm_t *vm, uint64_t start, uint64_t end) noexcept 
 cdef void remove_host_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
     leaf_removed(&vm.arena, slot, 0)
     vm.canonical_leaves -= 1
+
+
+cdef void remove_host_leaves(vm_t *vm, uint64_t start, uint64_t end, bint chunked) noexcept nogil:
+    """Remove the host leaves of a range that has no shadows left; they begin and end at its bounds."""
+    cdef int level = 0
+    cdef uint64_t at = start, work = 0
+    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+    while slot:
+        remove_host_leaf(vm, slot)
+        at += level_span(vm.arena.granule_bits, level)
+        work += 1
+        if chunked and work % DROP_CHUNK == 0:
+            breathe(vm)
+        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
 
 
 cdef bint split_host_block(vm_t *vm, uint32_t slot, int level) noexcept nogil:
@@ -187,25 +205,22 @@ cdef bint split_at(vm_t *vm, uint64_t address) noexcept nogil:
 cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
     """Remove host leaves and their shadows. A block partly covered is split, or dropped whole (also when no table
     can be had for the split)."""
-    cdef uint64_t at
-    cdef uint32_t slot
-    cdef int level = 0
+    cdef bint chunked
     while True:
         if drop_partial:
             start = widen_start(vm, start)
             end = widen_end(vm, end)
-        drop_shadows(vm, start, end, change)
+        chunked = register_active(vm, start, end)
+        drop_shadows(vm, start, end, chunked, change)
         if split_at(vm, start) and split_at(vm, end):
             break
         drop_partial = True
+        if chunked:
+            forget_active(vm, start, end)
     note_change(vm, start, end)
-    at = start
-    while True:
-        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
-        if not slot:
-            break
-        remove_host_leaf(vm, slot)
-        at += level_span(vm.arena.granule_bits, level)
+    remove_host_leaves(vm, start, end, chunked)
+    if chunked:
+        forget_active(vm, start, end)
 
 
 cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
@@ -309,6 +324,7 @@ cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const ho
     while done < size:
         level = best_level(vm, cipa + done, pa + done, size - done, max_block)
         if not put_host_leaf(vm, cipa + done, pa + done, level, attrs):
+            table_tidy(&vm.arena, &vm.canonical, cipa + done)
             unmap_locked(vm, cipa, cipa + size, False, change)      # the bound was met before: only the arena itself
             finish(vm, change)
             return False
@@ -322,6 +338,7 @@ cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size, c
     cdef int level = best_level(vm, block, pa, size, ~<uint64_t>0)
     note_change(vm, block, block + size)
     while not put_host_leaf(vm, block, pa, level, attrs):
+        table_tidy(&vm.arena, &vm.canonical, block)
         if not evict(vm, NO_CONTEXT, 0):
             return False
     return True
@@ -457,7 +474,7 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
             change.dropped += dropped
         if not split_at(vm, first) or not split_at(vm, last):
             drop_shadows_at_once(vm, block, block + span)
-            at_remove(vm, block, block + span)
+            remove_host_leaves(vm, block, block + span, False)
             return block + span
         return first                        # again, with pieces that fit
     narrow_shadows(vm, first, last, perm, True, change)
@@ -467,17 +484,6 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
     attrs.young = (desc & DESC_AF) != 0
     store64(vm.arena.words + slot, host_desc(vm, block, desc & OA_48, level, &attrs))
     return block + span
-
-
-cdef void at_remove(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
-    """Remove the host leaves of a block that could be split only in part."""
-    cdef int level = 0
-    cdef uint64_t at = start
-    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
-    while slot:
-        remove_host_leaf(vm, slot)
-        at += level_span(vm.arena.granule_bits, level)
-        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
 
 
 cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, change_t *change) noexcept nogil:

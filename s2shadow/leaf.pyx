@@ -5,7 +5,10 @@ from libc.string cimport memset
 from s2shadow.arch cimport DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, level_shift, level_span, perm_to_s2ap_xn, s2ap_xn_to_perm
 from s2shadow.atomics cimport load32, load64, store64
 from s2shadow.owed cimport owe_context, owe_leaf
-from s2shadow.rmap cimport leaf_cipa, link_next, node_t, pin_node, rmap_is_empty, rmap_unlink, unpin_node
+from s2shadow.rmap cimport (
+    head_cipa, is_marker, known_head, leaf_cipa, link_next, link_prev, node_t, pin_node, rmap_is_empty, rmap_mark,
+    rmap_unlink, unpin_node,
+)
 from s2shadow.table cimport (
     CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaf_removed, page_of, page_t, pin_page,
     slot_ipa, unpin_page,
@@ -25,11 +28,25 @@ cdef void visit_init(visit_t *visit, leaf_op_t op, uint64_t start, uint64_t end)
 
 
 cdef bint shadow_cipa(const vm_t *vm, uint32_t slot, uint64_t *cipa) noexcept nogil:
-    """cIPA of a shadow leaf's block; False if that is not cheap to tell."""
+    """cIPA of a shadow leaf's block; False if its list must be marked first (``find_cipa``)."""
     if vm.teardown == TEARDOWN_REVERSE_MAP:
         return leaf_cipa(&vm.rmap, slot, cipa)
     cipa[0] = vm.arena.links[slot]          # without a reverse map the cIPA stands in the links' place
     return True
+
+
+cdef uint64_t find_cipa(vm_t *vm, uint32_t slot) noexcept nogil:
+    """cIPA of a shadow leaf's block, however long its list (exclusive side)."""
+    cdef uint64_t cipa = 0
+    cdef uint32_t head = 0
+    if shadow_cipa(vm, slot, &cipa):
+        return cipa
+    if rmap_mark(&vm.rmap, slot) and shadow_cipa(vm, slot, &cipa):
+        return cipa
+    while not head:                         # no memory for markers: climb all the way
+        slot = load32(link_prev(&vm.arena, slot))
+        head = known_head(&vm.rmap, slot)
+    return head_cipa(&vm.rmap, head)
 
 
 cdef inline int leaf_level(const vm_t *vm, uint32_t slot) noexcept nogil:
@@ -108,7 +125,7 @@ cdef bint visit_list(vm_t *vm, uint32_t head, visit_t *visit, uint64_t block) no
     cdef uint32_t slot = load32(vm.rmap.heads + head), following
     while slot:
         following = load32(link_next(&vm.arena, slot))
-        if not visit_leaf(vm, slot, visit, block):
+        if not is_marker(&vm.rmap, slot) and not visit_leaf(vm, slot, visit, block):
             return False
         slot = following
     return True

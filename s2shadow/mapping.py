@@ -24,6 +24,8 @@ def memattr_code(memattr: str | int, fwb: bool) -> int:
             return MEMATTR_NAMES[memattr][bool(fwb)]
         except KeyError:
             raise ValueError(f"memattr must be one of {', '.join(MEMATTR_NAMES)} or 0-15, got {memattr!r}") from None
+    if not hasattr(memattr, "__index__"):
+        raise TypeError(f"memattr must be a name or 0-15, got {type(memattr).__name__}")
     if not 0 <= memattr <= 15:
         raise ValueError(f"memattr must be 0-15, got {memattr}")
     return memattr
@@ -35,7 +37,9 @@ def perm_mask(perm: str | int) -> int:
         if set(perm) - set("rwx-"):
             raise ValueError(f"perm must consist of r, w, x and -, got {perm!r}")
         return ("r" in perm) | ("w" in perm) << 1 | ("x" in perm) * 36
-    if perm & ~39:
+    if not hasattr(perm, "__index__"):
+        raise TypeError(f"perm must be text or a mask, got {type(perm).__name__}")
+    if int(perm) & ~39:
         raise ValueError(f"perm must be made of READ, WRITE, EXEC and EXEC_EL0, got {perm:#x}")
     return int(perm)
 

@@ -1,5 +1,6 @@
 """L1's physical memory: engine-owned sparse regions, zero-copy buffers, device regions."""
 
+import operator
 import threading
 from collections import namedtuple
 
@@ -8,6 +9,7 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport fetch_add32, load32, load64, load_pointer, store_pointer, store64
 from s2shadow.vmem cimport release, reserve
 
@@ -138,7 +140,7 @@ cdef class GuestMemory:
             self.retired.clear()
         return 0
 
-    def add(self, uint64_t cipa, size=None, *, buffer=None, bint readonly=False, bint device=False):
+    def add(self, cipa, size=None, *, buffer=None, bint readonly=False, bint device=False):
         """Add a region at ``cipa``: engine-owned of ``size`` bytes, over ``buffer`` without a copy, or a device.
 
         ``readonly`` is what L1 sees; a read-only buffer needs it. Raises ``ValueError`` for an unaligned base or
@@ -149,6 +151,7 @@ cdef class GuestMemory:
         cdef _SparseBacking sparse
         cdef _BufferBacking held
         owner = None
+        region.start = as_u64(cipa, "cipa")
         region.host = NULL
         if buffer is not None:
             if device:
@@ -163,15 +166,14 @@ cdef class GuestMemory:
             owner = held
         elif size is None:
             raise TypeError("add() needs a size or a buffer")
-        size = int(size)
-        self._check_range(cipa, size)
+        size = operator.index(size)
+        self._check_range(region.start, size)
         with self.lock:
-            self._check_overlap(cipa, size)
+            self._check_overlap(region.start, size)
             if buffer is None and not device:
                 sparse = _SparseBacking(size)
                 region.host = <uint8_t *>sparse.address
                 owner = sparse
-            region.start = cipa
             region.size = size
             region.readonly = readonly
             region.device = device
@@ -208,13 +210,14 @@ cdef class GuestMemory:
         self.owners.insert(at, owner)
         return self.publish(map)
 
-    def remove(self, uint64_t cipa):
+    def remove(self, cipa):
         """Remove the region that starts at ``cipa``; ``ValueError`` if none does or if it is in use."""
         cdef uint32_t i, at = 0, count
+        cdef uint64_t start = as_u64(cipa, "cipa")
         cdef region_map_t *map
         with self.lock:
             count = self.map.count
-            while at < count and self.map.regions[at].start != cipa:
+            while at < count and self.map.regions[at].start != start:
                 at += 1
             if at == count:
                 raise ValueError(f"no region starts at {cipa:#x}")
@@ -241,49 +244,53 @@ cdef class GuestMemory:
                 return region.host + (cipa - region.start)
         raise ValueError(f"{cipa:#x} is outside every region")
 
-    def read(self, uint64_t cipa, size_t n):
+    def read(self, cipa, n):
         """``n`` bytes at ``cipa``; adjacent regions read as one. ``ValueError`` outside RAM."""
-        cdef size_t length = 0, done = 0
+        cdef size_t length = 0, done = 0, wanted = as_u64(n, "n")
+        cdef uint64_t start = as_u64(cipa, "cipa")
         cdef const uint8_t *host
-        cdef bytes data = PyBytes_FromStringAndSize(NULL, n)
+        cdef bytes data = PyBytes_FromStringAndSize(NULL, wanted)
         cdef char *out = data
         with self.lock:
-            while done < n:
-                host = self.piece(cipa + done, n - done, False, &length)
+            while done < wanted:
+                host = self.piece(start + done, wanted - done, False, &length)
                 memcpy(out + done, host, length)
                 done += length
         return data
 
-    def write(self, uint64_t cipa, data):
+    def write(self, cipa, data):
         """Write bytes at ``cipa``; nothing is written if any part is outside writable RAM (``ValueError``)."""
         cdef const uint8_t[::1] source = memoryview(data).cast("B")
         cdef size_t n = source.shape[0], length = 0, done = 0
+        cdef uint64_t start = as_u64(cipa, "cipa")
         cdef uint8_t *host
         with self.lock:
             while done < n:
-                self.piece(cipa + done, n - done, True, &length)
+                self.piece(start + done, n - done, True, &length)
                 done += length
             done = 0
             while done < n:
-                host = self.piece(cipa + done, n - done, True, &length)
+                host = self.piece(start + done, n - done, True, &length)
                 memcpy(host, &source[done], length)
                 done += length
 
-    def read64(self, uint64_t cipa):
+    def read64(self, cipa):
         """The little-endian 64-bit word at ``cipa`` (8-byte aligned)."""
         cdef size_t length = 0
-        if cipa & 7:
+        cdef uint64_t address = as_u64(cipa, "cipa")
+        if address & 7:
             raise ValueError(f"{cipa:#x} is not 8-byte aligned")
         with self.lock:
-            return load64(<const uint64_t *>self.piece(cipa, 8, False, &length))
+            return load64(<const uint64_t *>self.piece(address, 8, False, &length))
 
-    def write64(self, uint64_t cipa, uint64_t value):
+    def write64(self, cipa, value):
         """Store a little-endian 64-bit word at ``cipa`` (8-byte aligned), in one piece."""
         cdef size_t length = 0
-        if cipa & 7:
+        cdef uint64_t address = as_u64(cipa, "cipa"), word = as_u64(value, "value")
+        if address & 7:
             raise ValueError(f"{cipa:#x} is not 8-byte aligned")
         with self.lock:
-            store64(<uint64_t *>self.piece(cipa, 8, True, &length), value)
+            store64(<uint64_t *>self.piece(address, 8, True, &length), word)
 
     @property
     def regions(self):

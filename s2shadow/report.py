@@ -192,8 +192,8 @@ def faults_text(row: dict[str, Any], floor: dict[str, Any] | None) -> str:
 
 def memory_text(row: dict[str, Any], workload: dict[str, Any]) -> str:
     what = "4K mapping" if set(workload.get("leaves_by_size", ())) <= {"4K"} else "mapping"
-    return (f"memory       {row['table_bytes_per_entry']:.1f} B tables + "
-            f"{row['reverse_map_bytes_per_entry']:.1f} B reverse map per {what}")
+    return (f"memory       {row['table_bytes_per_entry']:,.1f} B tables + "
+            f"{row['reverse_map_bytes_per_entry']:,.1f} B reverse map per {what}")
 
 
 def verdict_text(ratios: dict[str, dict[str, float]]) -> str:
@@ -253,21 +253,21 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
              ("refaults", lambda row: row["refault_ns_per_event"]),
              ("total", lambda row: row["total_ns_per_event"]))
     colours = {"reverse-map": "#1b7f5c", "blow-away": "#c0392b", "blow-away-lean": "#e59866"}
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(policies)
     for i, (name, row) in enumerate(policies.items()):
         values = [value(row) for _, value in parts]
         at = [x - 0.4 + width * (i + 0.5) for x in range(len(parts))]
         refaults = count_text(row["refaults_per_event"])
-        label = f"{name} ({count_text(row['events'])} events, refaults per event: {refaults})"
+        label = f"{name}\n{count_text(row['events'])} events, refaults per event: {refaults}"
         axes.bar(at, [max(value, 0.1) for value in values], width * 0.92, color=colours.get(name), label=label)
         for x, value in zip(at, values, strict=True):
             axes.annotate(time_text(value), (x, max(value, 0.1)), xytext=(0, 3), textcoords="offset points",
                           ha="center", va="bottom", fontsize=9)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.set_ylim(10 ** int(len(str(int(low))) - 1), high * 4)
+    axes.set_ylim(10 ** int(len(str(int(low))) - 1), high * 2)
     axes.set_xticks(range(len(parts)), [name for name, _ in parts])
     axes.tick_params(axis="x", length=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: time_text(value)))
@@ -279,7 +279,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
     pages = result["config"]["event_pages"]
     figure.suptitle(f"What one host change of {pages:,} page{'s' if pages > 1 else ''} costs a nested VM", fontsize=13)
     axes.set_title(result["workload"]["label"], fontsize=9, color="#555555")
-    axes.legend(loc="upper left", fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(policies), fontsize=9, frameon=False)
     suffix = Path(file).suffix.lower()
     image = io.BytesIO()
     figure.savefig(image, format=suffix[1:], dpi=150)

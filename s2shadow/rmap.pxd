@@ -2,7 +2,8 @@
 #
 # A sparse radix over cIPA, shaped like a table of the host's granule. A node at level l has a head for each
 # block of level l's size; heads and links are slot names (table.pxd). ``prev`` of a list's first leaf is the
-# tagged name of its head, so that a leaf is unlinked in O(1) and its cIPA is found without storing it.
+# tagged name of its head, so that a leaf is unlinked in O(1) and its cIPA is found without storing it. In long
+# lists (aliases) markers stand between the leaves, which know the head: a climb ends after a few steps.
 
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
@@ -12,7 +13,9 @@ from s2shadow.table cimport arena_t, pthread_mutex_t
 
 cdef enum:
     HEAD_TAG = 0x80000000u
-    CHAIN_LIMIT = 64            # how far a leaf's head is looked for before the leaf is refreshed instead
+    CHAIN_LIMIT = 64            # how far a leaf's head is looked for before markers are put in
+    MARKER_SPACING = 32
+    MARKER_BYTES = 12           # two links and the head
 
 ctypedef struct node_t:
     uint64_t cipa
@@ -26,6 +29,9 @@ ctypedef struct rmap_t:
     uint32_t *heads             # by name: node << slot_bits | index
     uint32_t *children
     node_t *nodes
+    uint32_t *marker_heads      # by marker
+    uint32_t next_marker
+    uint32_t free_marker
     uint32_t node_limit
     uint32_t next_node
     uint32_t free_node
@@ -38,6 +44,7 @@ cdef uint32_t rmap_ensure(rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
 cdef uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
 cdef void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil
 cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil
+cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil
 cdef void rmap_tidy(rmap_t *rmap, uint64_t cipa) noexcept nogil
 cdef void pin_node(rmap_t *rmap, uint32_t node) noexcept nogil
 cdef void unpin_node(rmap_t *rmap, uint32_t node) noexcept nogil
@@ -57,16 +64,27 @@ cdef inline uint64_t head_cipa(const rmap_t *rmap, uint32_t head) noexcept nogil
     return node.cipa + (index << level_shift(rmap.arena.granule_bits, node.level))
 
 
+cdef inline bint is_marker(const rmap_t *rmap, uint32_t slot) noexcept nogil:
+    return slot >= rmap.arena.marker_base
+
+
+cdef inline uint32_t known_head(const rmap_t *rmap, uint32_t prev) noexcept nogil:
+    """The head that a ``prev`` link tells, or 0 if it is a leaf."""
+    if prev & HEAD_TAG:
+        return prev & ~<uint32_t>HEAD_TAG
+    return rmap.marker_heads[prev - rmap.arena.marker_base] if is_marker(rmap, prev) else 0
+
+
 cdef inline bint leaf_cipa(const rmap_t *rmap, uint32_t slot, uint64_t *cipa) noexcept nogil:
-    """cIPA of a leaf's block; False if its list is so long that the head was not reached."""
+    """cIPA of a leaf's block; False if neither head nor marker was reached: ``rmap_mark`` helps."""
     cdef int steps
-    cdef uint32_t prev
+    cdef uint32_t head
     for steps in range(CHAIN_LIMIT):
-        prev = load32(link_prev(rmap.arena, slot))
-        if prev & HEAD_TAG:
-            cipa[0] = head_cipa(rmap, prev & ~<uint32_t>HEAD_TAG)
+        slot = load32(link_prev(rmap.arena, slot))
+        head = known_head(rmap, slot)
+        if head:
+            cipa[0] = head_cipa(rmap, head)
             return True
-        slot = prev
     return False
 
 

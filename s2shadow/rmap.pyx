@@ -14,14 +14,20 @@ cdef enum:
     SMALLEST_RMAP = 1024        # nodes; below this the reservation gives up
 
 
+cdef uint64_t marker_count(const rmap_t *rmap) noexcept nogil:
+    return rmap.arena.marker_limit - rmap.arena.marker_base
+
+
 cdef void rmap_unmap(rmap_t *rmap) noexcept nogil:
     cdef uint64_t names = <uint64_t>rmap.node_limit << rmap.arena.slot_bits
     release(rmap.heads, names * 4)
     release(rmap.children, names * 4)
     release(rmap.nodes, rmap.node_limit * sizeof(node_t))
+    release(rmap.marker_heads, marker_count(rmap) * 4)
     rmap.heads = NULL
     rmap.children = NULL
     rmap.nodes = NULL
+    rmap.marker_heads = NULL
 
 
 cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil:
@@ -35,7 +41,8 @@ cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
         rmap.heads = <uint32_t *>reserve((<uint64_t>rmap.node_limit << arena.slot_bits) * 4)
         rmap.children = <uint32_t *>reserve((<uint64_t>rmap.node_limit << arena.slot_bits) * 4)
         rmap.nodes = <node_t *>reserve(rmap.node_limit * sizeof(node_t))
-        if rmap.heads != NULL and rmap.children != NULL and rmap.nodes != NULL:
+        rmap.marker_heads = <uint32_t *>reserve(marker_count(rmap) * 4)
+        if rmap.heads != NULL and rmap.children != NULL and rmap.nodes != NULL and rmap.marker_heads != NULL:
             pthread_mutex_init(&rmap.lock, NULL)
             while level_shift(arena.granule_bits, level) + arena.slot_bits < input_bits:
                 level -= 1
@@ -150,9 +157,8 @@ cdef void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil:
         fetch_add32(&rmap.nodes[head >> rmap.arena.slot_bits].used, 1)
 
 
-cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
-    """Take a leaf out of its list; nodes that are empty now go (exclusive side)."""
-    cdef uint32_t following = load32(link_next(rmap.arena, slot)), prev = load32(link_prev(rmap.arena, slot))
+cdef void join(rmap_t *rmap, uint32_t prev, uint32_t following) noexcept nogil:
+    """Make two neighbours of what is taken out; nodes that are empty now go."""
     if following:
         store32(link_prev(rmap.arena, following), prev)
     if not prev & HEAD_TAG:
@@ -162,6 +168,63 @@ cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
     store32(rmap.heads + prev, following)
     if not following:
         node_less(rmap, prev >> rmap.arena.slot_bits)
+
+
+cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
+    """Take a leaf out of its list (exclusive side). A marker always stands before a leaf: one that does not goes."""
+    cdef uint32_t following = load32(link_next(rmap.arena, slot)), prev = load32(link_prev(rmap.arena, slot))
+    join(rmap, prev, following)
+    if not prev & HEAD_TAG and is_marker(rmap, prev) and (not following or is_marker(rmap, following)):
+        join(rmap, load32(link_prev(rmap.arena, prev)), following)
+        give_marker(rmap, prev)
+
+
+cdef uint32_t take_marker(rmap_t *rmap, uint32_t head) noexcept nogil:
+    """A marker that knows ``head``, or 0 (exclusive side)."""
+    cdef uint32_t marker = rmap.free_marker
+    if not marker and rmap.next_marker == marker_count(rmap):
+        return 0
+    if not arena_charge(rmap.arena, &rmap.arena.rmap_bytes, MARKER_BYTES):
+        return 0
+    if marker:
+        rmap.free_marker = load32(link_next(rmap.arena, marker))
+    else:
+        marker = rmap.arena.marker_base + rmap.next_marker
+        rmap.next_marker += 1
+    rmap.marker_heads[marker - rmap.arena.marker_base] = head
+    return marker
+
+
+cdef void give_marker(rmap_t *rmap, uint32_t marker) noexcept nogil:
+    store32(link_next(rmap.arena, marker), rmap.free_marker)
+    rmap.free_marker = marker
+    arena_refund(rmap.arena, &rmap.arena.rmap_bytes, MARKER_BYTES)
+
+
+cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil:
+    """Put markers between ``slot`` and the nearest leaf that knows its head, so that climbs from there are short
+    (exclusive side). Each stretch of a list is marked once, so this costs O(1) for each leaf ever pushed. False when
+    there is no memory for one."""
+    cdef uint32_t at = slot, head = 0, marker, prev
+    cdef uint32_t steps = 0
+    while not head:
+        at = load32(link_prev(rmap.arena, at))
+        head = known_head(rmap, at)
+    at = slot
+    while True:
+        prev = load32(link_prev(rmap.arena, at))
+        if known_head(rmap, prev):
+            return True
+        if steps % MARKER_SPACING == 0:
+            marker = take_marker(rmap, head)
+            if not marker:
+                return False
+            store32(link_prev(rmap.arena, marker), prev)
+            store32(link_next(rmap.arena, marker), at)
+            store32(link_next(rmap.arena, prev), marker)
+            store32(link_prev(rmap.arena, at), marker)
+        steps += 1
+        at = prev
 
 
 cdef void node_less(rmap_t *rmap, uint32_t node) noexcept nogil:

@@ -59,7 +59,8 @@ PAGES_PER_BLOCK = BLOCK // PAGE
 
 REVERSE_MAP = "reverse-map"
 POLICIES = (REVERSE_MAP, "blow-away", "blow-away-lean")
-TLBI_MODES = ("exact", "kvm72")
+TLBI_MODES = ("exact",)
+MOST_CONTEXTS = 65534           # host VMIDs of an engine
 
 U64 = npt.NDArray[np.uint64]
 Progress = Callable[[str, float], None]
@@ -262,11 +263,14 @@ def build_capture(config: StormConfig) -> Workload:
     mem = GuestMemory()
     folder = Path(config.capture) if config.capture is not None else shipped()
     capture = load_tables(mem, folder)
-    vm = pick_vm(capture.vms, config.vm, folder)
-    features = replace(vm.features, pa_bits=48) if vm.features.pa_bits > 48 else vm.features
+    # Shadows have 48-bit addresses: a machine with more is taken as one with 48, where the VM still works then.
+    able = [vm for vm in capture.vms if vm.config(shadow_features(vm.features)).error is None]
+    vm = pick_vm(able if able and config.vm is None else capture.vms, config.vm, folder)
+    features = shadow_features(vm.features)
     cfg = vm.config(features)
     if cfg.error is not None:
-        raise CaptureError(f"{folder}: VM {vm.vm} cannot be used for a storm: {cfg.error}")
+        raise CaptureError(f"{folder}: VM {vm.vm} cannot be shadowed: under {features.pa_bits}-bit physical addresses "
+                           f"its {vm.ipa_bits}-bit stage 2 is a {cfg.error}")
     check_vmids(config.contexts, 16 if vm.vtcr >> 19 & 1 else 8)
 
     rows = leaves(mem, cfg)
@@ -294,6 +298,10 @@ def build_capture(config: StormConfig) -> Workload:
     return Workload(mem, features, tuple(plans), index, host, label, sum(vm.tables.values()) * vm.granule)
 
 
+def shadow_features(features: Features) -> Features:
+    return replace(features, pa_bits=min(features.pa_bits, 48))
+
+
 def pick_vm(vms: Sequence[Any], wanted: int | None, folder: Path) -> Any:
     """The VM of that number, by default the one with the most leaves."""
     from s2shadow.capture import CaptureError
@@ -316,8 +324,9 @@ def plural(count: int, noun: str) -> str:
 
 
 def check_vmids(contexts: int, bits: int) -> None:
-    if contexts >= 1 << bits:
-        raise ValueError(f"contexts must be below {1 << bits} with {bits}-bit VMIDs, got {contexts}")
+    most = min((1 << bits) - 1, MOST_CONTEXTS)
+    if contexts > most:
+        raise ValueError(f"contexts must be at most {most} with {bits}-bit VMIDs, got {contexts}")
 
 
 def check_memory(leaves_per_context: int, contexts: int) -> None:
@@ -463,22 +472,23 @@ class Rig:
     """A ``NestedVM`` over a workload under one policy: one vCPU per context, each context loaded on its own."""
 
     def __init__(self, workload: Workload, policy: str, config: StormConfig):
-        import s2shadow
+        from s2shadow.engine import FAULT_DTYPE, NestedVM
 
         k = len(workload.contexts)
         self.workload = workload
         self.access = config.access
         self.drain = config.track_tlbis
-        self.vm = s2shadow.NestedVM(workload.mem, vcpus=k, contexts=k, features=workload.features, teardown=policy,
-                                    tlbi=config.tlbi, track_tlbis=config.track_tlbis)
+        self.vm = NestedVM(workload.mem, vcpus=k, contexts=k, features=workload.features, teardown=policy,
+                           tlbi=config.tlbi, track_tlbis=config.track_tlbis)
         workload.host.map_all(self.vm)
         self.vcpus: list[VCPU] = []
         for vcpu, plan in zip(self.vm.vcpus, workload.contexts, strict=True):
             vcpu.load(plan.vttbr, plan.vtcr, hcr=plan.hcr)
             self.vcpus.append(vcpu)
         self.full = len(workload.index)
+        self.steps = self.vm.stats.kernel_steps         # at the end of the last round
         widest = max(len(plan.ipas) for plan in workload.contexts)
-        self.out: npt.NDArray[np.void] = np.zeros(widest, dtype=s2shadow.FAULT_DTYPE)
+        self.out: npt.NDArray[np.void] = np.zeros(widest, dtype=FAULT_DTYPE)
 
     def fill(self) -> tuple[int, int]:
         """Fault every set in, from whatever is mapped now -> (nanoseconds, leaves installed)."""
@@ -505,7 +515,6 @@ class Rig:
     def round(self, start: int, end: int, required: int) -> Round:
         """One event over [start, end), which ``required`` leaves overlap, and everything touched again."""
         vm = self.vm
-        steps = vm.stats.kernel_steps
         clock = time.perf_counter_ns
         began = clock()
         change = vm.unmap(start, end)
@@ -519,12 +528,14 @@ class Rig:
             refault, count = self.fill()
         else:
             refault, count = self.refault_missing()
-        if vm.stats.live != self.full or count != self.full - stats.live:
+        after = vm.stats
+        if after.live != self.full or count != self.full - stats.live:
             raise StormError(f"event [{start:#x}, {end:#x}) left {stats.live:,} of {self.full:,} leaves, "
-                             f"{count:,} faulted in again, {vm.stats.live:,} live now")
+                             f"{count:,} faulted in again, {after.live:,} live now")
         if self.drain:
             vm.take_tlbis()
-        return Round(teardown, int(change.leaves), refault, count, owed, int(stats.kernel_steps - steps))
+        steps, self.steps = stats.kernel_steps - self.steps, after.kernel_steps
+        return Round(teardown, int(change.leaves), refault, count, owed, int(steps))
 
     def refault_indexed(self, start: int, end: int) -> tuple[int, int]:
         """Fault in exactly the leaves that the index names; each must have been missing."""
@@ -542,12 +553,12 @@ class Rig:
         if singles:
             access = self.access
             began = time.perf_counter_ns()
-            faults = [fault(ipa, access) for fault, ipa in singles]
+            answers = [fault(ipa, access) for fault, ipa in singles]
             spent += time.perf_counter_ns() - began
-            mapped += sum(fault.kind == MAPPED for fault in faults)
-            for fault in faults:
-                if fault.kind not in (MAPPED, HIT):
-                    fail_fault(int(fault.kind), int(fault.ipa))
+            mapped += sum(answer.kind == MAPPED for answer in answers)
+            for answer in answers:
+                if answer.kind not in (MAPPED, HIT):
+                    fail_fault(int(answer.kind), int(answer.ipa))
         return spent, mapped
 
     def refault_missing(self) -> tuple[int, int]:

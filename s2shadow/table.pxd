@@ -48,6 +48,8 @@ ctypedef struct arena_t:
     uint64_t link_bytes
     uint64_t rmap_bytes
     uint32_t page_limit
+    uint32_t marker_base        # slot names from here on are reverse-map markers: links, but no table entry
+    uint32_t marker_limit
     uint32_t next_page          # pages from here on were never used
     uint32_t free_page          # head of the free list; free pages are zero
     uint8_t granule_bits

@@ -11,12 +11,13 @@ cdef extern from "sched.h" nogil:
 
 cdef enum:
     SMALLEST_ARENA = 1024       # pages; below this the reservation gives up
+    MARKER_SHARE = 16           # one slot name in so many is a marker's
 
 
 cdef void arena_unmap(arena_t *arena) noexcept nogil:
     cdef uint64_t slots = <uint64_t>arena.page_limit << arena.slot_bits
     release(arena.words, slots * 8)
-    release(arena.links, slots * 8)
+    release(arena.links, <uint64_t>arena.marker_limit * 8)
     release(arena.pages, arena.page_limit * sizeof(page_t))
     arena.words = NULL
     arena.links = NULL
@@ -35,9 +36,12 @@ cdef bint arena_init(arena_t *arena, int granule_bits, uint64_t table_base, uint
     arena.page_limit = <uint32_t>1 << (SLOT_LIMIT_BITS - arena.slot_bits)
     if (address_limit - table_base) >> granule_bits < arena.page_limit:
         arena.page_limit = <uint32_t>((address_limit - table_base) >> granule_bits)
+    arena.page_limit -= arena.page_limit / MARKER_SHARE
     while arena.page_limit >= SMALLEST_ARENA:
+        arena.marker_base = arena.page_limit << arena.slot_bits
+        arena.marker_limit = arena.marker_base + arena.marker_base / (MARKER_SHARE - 1)
         arena.words = <uint64_t *>reserve((<uint64_t>arena.page_limit << arena.slot_bits) * 8)
-        arena.links = <uint64_t *>reserve((<uint64_t>arena.page_limit << arena.slot_bits) * 8)
+        arena.links = <uint64_t *>reserve(<uint64_t>arena.marker_limit * 8)
         arena.pages = <page_t *>reserve(arena.page_limit * sizeof(page_t))
         if arena.words != NULL and arena.links != NULL and arena.pages != NULL:
             pthread_mutex_init(&arena.lock, NULL)

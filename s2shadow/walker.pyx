@@ -12,6 +12,7 @@ from s2shadow.arch cimport (
     FSC_TRANSLATION, FSC_WALK_ABORT, LEVEL_STAGE2_OFF, PERM_ALL, contiguous_bits, fault_code, is_block_level,
     level_shift, memattr_is_device, required_perm, s2ap_xn_to_perm,
 )
+from s2shadow.arguments cimport as_u64
 from s2shadow.config cimport Stage2Config, fault_text
 from s2shadow.memory cimport (
     CAS_DONE, CAS_LOST, CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc,
@@ -49,6 +50,11 @@ cdef inline void fail(walk_t *out, int base, int level) noexcept nogil:
 
 cdef inline uint64_t desc_address(const s2_config_t *config, uint64_t desc) noexcept nogil:
     return (desc & config.oa_mask) | (desc & config.oa_high_mask) << config.oa_high_shift
+
+
+cdef inline bint output_too_large(const s2_config_t *config, uint64_t desc, int shift) noexcept nogil:
+    """Whether a leaf's address is out of range; the bits below its span are not the descriptor's to give."""
+    return desc_address(config, desc) >> shift << shift >> config.oa_bits != 0
 
 
 cdef inline bint is_leaf_or_fault(const s2_config_t *config, uint64_t desc, int level, bint *leaf) noexcept nogil:
@@ -138,7 +144,7 @@ cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa,
             if config.bbm and level < FINAL_LEVEL and desc & DESC_NT:
                 fail(out, FSC_TRANSLATION, level)       # nT must not be cached, and a shadow is a cache
                 return
-            if desc_address(config, desc) >> config.oa_bits:
+            if output_too_large(config, desc, shift):
                 fail(out, FSC_ADDRESS_SIZE, level)
                 return
             if not desc & DESC_AF and not config.ha:
@@ -246,7 +252,7 @@ cdef class Walk:
         return f"Walk({self.ipa:#x} → {self.pa:#x}, {size_text(self.size)}, {perm_text(self.perm)}, level {self.level})"
 
 
-def walk(GuestMemory mem not None, Stage2Config cfg not None, uint64_t ipa, access=Access.READ, bint update=True):
+def walk(GuestMemory mem not None, Stage2Config cfg not None, ipa, access=Access.READ, bint update=True):
     """Translate ``ipa`` through L1's stage 2 -> ``Walk``.
 
     ``access`` is an ``Access`` mask; several of READ, WRITE and EXEC must all be allowed. With ``update`` the
@@ -257,10 +263,10 @@ def walk(GuestMemory mem not None, Stage2Config cfg not None, uint64_t ipa, acce
     """
     cdef Walk result = Walk.__new__(Walk)
     cdef mem_view_t view
-    cdef uint8_t mask = access
-    result.ipa = ipa
+    cdef uint8_t mask = as_access(access)
+    result.ipa = as_u64(ipa, "ipa")
     mem.pin(&view)
-    walk_stage2(&view, &cfg.c, ipa, mask, update, &result.c)
+    walk_stage2(&view, &cfg.c, result.ipa, mask, update, &result.c)
     mem.unpin()
     return result
 
@@ -309,13 +315,25 @@ def as_addresses(ipas):
     return np.ascontiguousarray(array)
 
 
+def as_access(access):
+    """One access mask, checked."""
+    mask = as_u64(access, "access")
+    if mask > 31:
+        raise ValueError(f"access must be made of READ, WRITE, EXEC, EL0 and PTW, got {mask:#x}")
+    return mask
+
+
 def as_masks(access, n):
     """A uint8 vector of ``n`` access masks, or of one that stands for all."""
     array = np.asarray(access)
     if array.ndim == 0:
-        return np.array([int(access)], dtype=np.uint8)
+        return np.array([as_access(access)], dtype=np.uint8)
     if array.shape != (n,):
         raise ValueError(f"access must be one mask or have the length of ipas ({n}), got shape {array.shape}")
+    if array.dtype.kind not in "ui":
+        raise TypeError(f"access must be integers, got {array.dtype}")
+    if array.size and (array.min() < 0 or array.max() > 31):
+        raise ValueError("access must be made of READ, WRITE, EXEC, EL0 and PTW")
     return np.ascontiguousarray(array, dtype=np.uint8)
 
 
@@ -342,7 +360,7 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
                        uint64_t entries, collector_t *into) noexcept nogil:
     """Append the leaves of one table; 0, or -1 over a limit, -2 out of memory."""
     cdef int shift = level_shift(config.granule_bits, level)
-    cdef uint64_t i, desc = 0, next_table, address
+    cdef uint64_t i, desc = 0, next_table
     cdef bint leaf = False
     cdef walk_t walked
     cdef leaf_t *row
@@ -356,11 +374,10 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
             return 0
         if not is_leaf_or_fault(config, desc, level, &leaf):
             continue
-        address = desc_address(config, desc)
-        if address >> config.oa_bits:
+        if output_too_large(config, desc, shift if leaf else config.granule_bits):
             continue
         if not leaf:
-            next_table = address & ~(((<uint64_t>1) << config.granule_bits) - 1)
+            next_table = desc_address(config, desc) & ~(((<uint64_t>1) << config.granule_bits) - 1)
             result = collect_table(view, config, next_table, ipa + (i << shift), level + 1,
                                    (<uint64_t>1) << (config.granule_bits - 3), into)
             if result:

@@ -1,0 +1,64 @@
+# Shared by .ci/run and .ci/long/*; sourced, never run.
+top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+say() { printf '\n== %s\n' "$*"; }
+
+# A clean clone of the committed HEAD, at $1.
+clone() { git clone --quiet "$top" "$1"; }
+
+# Prints a working interpreter of version $1 (such as 3.12), or fails. A shim may be there and still not run.
+find_python() {
+    local candidate
+    for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1"*/bin/"python$1" \
+        /usr/bin/"python$1" /usr/local/bin/"python$1" /opt/python*/bin/"python$1"; do
+        if "$candidate" -V >/dev/null 2>&1 && "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return 0
+        fi
+    done
+    return 1
+}
+
+# A new virtual environment at $1, of interpreter $2, with a pip that knows dependency groups.
+new_venv() {
+    "${2:-python3}" -m venv "$1"
+    "$1/bin/pip" install --quiet --upgrade pip
+}
+
+# What every leg needs: git, a C compiler, Python with venv and headers. Installed by apt where we may.
+need_tools() {
+    local missing=()
+    command -v git >/dev/null || missing+=(git)
+    printf 'int main(void){return 0;}' | cc -x c -o /dev/null - 2>/dev/null || missing+=(gcc libc6-dev)
+    if ! python3 - 2>/dev/null <<'PY'
+import ensurepip, os, sysconfig, venv
+raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
+PY
+    then
+        missing+=(python3 python3-venv python3-dev)
+    fi
+    [ ${#missing[@]} -eq 0 ] && return 0
+    say "installing ${missing[*]}"
+    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+        echo "cannot install them: not root, or no apt-get" >&2
+        return 1
+    fi
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+}
+
+# Builds the clone at $1 in place with ASan and UBSan, in the environment $2; sanitized_pytest then runs in it.
+build_sanitized() {
+    new_venv "$2"
+    (cd "$1" && CFLAGS=-O1 S2SHADOW_CHECKED=1 S2SHADOW_SANITIZE=address,undefined \
+        "$2/bin/pip" install --quiet --editable ".[cli,plot]" --group test)
+}
+
+sanitized_pytest() {
+    local venv=$1
+    shift
+    # Python itself leaks by design; pymalloc would hide overruns from ASan; a refused malloc must return NULL.
+    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" \
+        ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:halt_on_error=1 \
+        UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
+        "$venv/bin/python" -m pytest --capture=sys "$@"
+}

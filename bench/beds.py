@@ -1,0 +1,119 @@
+"""Test beds of the suites: floors from the same run, one way to report, L1 tables, engines in a storm's rig.
+
+Names of benchmarks are keys of their history: never rename one. Inputs are made outside the timed body. Figures are
+compared by ``min``, which moves by a few per cent between runs, where means move by half.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from s2shadow._floor import chase
+from s2shadow.storm import Rig, StormConfig, build
+
+PAGE = 4096
+BLOCK = 2 << 20
+ENTRIES = 512
+
+
+@cache
+def load_ns(nbytes):
+    """ns per dependent load over this many bytes."""
+    return min(chase(nbytes, 1 << 18, seed) for seed in (1, 2, 3))
+
+
+def floor_ns(footprints):
+    """The floor of an operation: one dependent load in each footprint (bytes, rounded up to a power of two)."""
+    return sum(load_ns(max(PAGE, 1 << (int(nbytes) - 1).bit_length())) for nbytes in footprints)
+
+
+class Report:
+    """Runs one operation; stores ns per operation and the floor beside pytest-benchmark's seconds per call."""
+
+    def __init__(self, benchmark):
+        self.benchmark = benchmark
+
+    def __call__(self, run, *, operations=1, footprints=()):
+        """``run`` as often as pytest-benchmark likes: it leaves things as they were. ``operations`` in one run."""
+        self.benchmark(run)
+        self._store(operations, footprints)
+
+    def rounds(self, run, prepare, *, rounds, operations=1, footprints=()):
+        """``prepare`` before each ``run``, untimed."""
+        # the setup of pedantic must return None, or arguments for run
+        self.benchmark.pedantic(run, setup=lambda: (prepare(), None)[1], rounds=rounds, warmup_rounds=1, iterations=1)
+        self._store(operations, footprints)
+
+    def _store(self, operations, footprints):
+        if self.benchmark.stats is None:  # --benchmark-disable
+            return
+        info = {"operations": operations, "ns_per_operation": self.benchmark.stats.stats.min * 1e9 / operations}
+        if footprints:
+            info["floor_ns"] = floor_ns(footprints)
+            info["times_floor"] = info["ns_per_operation"] / info["floor_ns"]
+        self.benchmark.extra_info.update({key: round(value, 3) for key, value in info.items()})
+
+
+def stage2_tables(address, frames, *, levels):
+    """4K-granule tables at ``address`` that map IPA 0 upward to the pages ``frames``.
+
+    Returns all table pages as one uint64 array, root first, and the bytes of the tables of each level.
+    """
+    counts = [len(frames)]
+    for _ in range(levels):
+        counts.insert(0, -(-counts[0] // ENTRIES))
+    counts.pop()
+    assert counts[0] == 1, "more than one root table"
+    starts = address + PAGE * np.cumsum([0, *counts])
+    image = np.zeros(sum(counts) * ENTRIES, dtype=np.uint64)
+    for level in range(levels):
+        if level == levels - 1:
+            # AF, inner shareable, read-write, Normal write-back
+            entries = np.asarray(frames, dtype=np.uint64) | np.uint64(1 << 10 | 3 << 8 | 3 << 6 | 0xF << 2 | 3)
+        else:
+            entries = (starts[level + 1] + PAGE * np.arange(counts[level + 1])).astype(np.uint64) | np.uint64(3)
+        at = int(starts[level] - address) // 8
+        image[at : at + len(entries)] = entries
+    return image, [count * PAGE for count in counts]
+
+
+def scattered(count, seed=1):
+    """0 to count - 1 in a random order."""
+    return np.random.default_rng(seed).permutation(count)
+
+
+class Bed:
+    """An engine over a workload of ``s2shadow storm``, with every context loaded on a vCPU of its own."""
+
+    def __init__(self, policy="reverse-map", fill=True, **storm):
+        storm.setdefault("synthetic", True)
+        self.config = StormConfig(track_tlbis=False, **storm)
+        self.workload = build(self.config)
+        self.rig = Rig(self.workload, policy, self.config)
+        self.vm = self.rig.vm
+        self.vcpus = self.rig.vcpus
+        self.ipas = [plan.ipas for plan in self.workload.contexts]
+        self.pages = self.workload.host.units  # canonical addresses of what the host maps, sorted
+        self.start = int(self.pages[0])
+        self.end = int(self.pages[-1]) + PAGE
+        if fill:
+            self.rig.fill()
+
+    def restore(self, starts, nbytes):
+        """Give canonical ranges back to L1 and touch them again, in every context that maps them."""
+        for start in starts:
+            self.workload.host.give_back(self.vm, start, start + nbytes)
+            self.rig.refault_indexed(start, start + nbytes)
+
+    def batches(self, count, among=None):
+        """Canonical addresses of pages, in random order, ``count`` at a time."""
+        pages = self.pages if among is None else among
+        pages = pages[scattered(len(pages))]
+        return pages[: len(pages) // count * count].reshape(-1, count).tolist()
+
+    @property
+    def fault_footprints(self):
+        """The dependent loads of a fault, each in its own footprint: guest leaf, host leaf, shadow slot, head."""
+        leaves = len(self.workload.index)
+        pages = len(self.pages)
+        return leaves * 8, pages * 8, leaves * 8, pages * 4

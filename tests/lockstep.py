@@ -1,0 +1,283 @@
+"""Engine and model side by side: every operation is done on both, and everything that one can see must be equal."""
+
+import numpy as np
+import rig
+from model.memory import Memory
+from model.vm import VM, Linear
+from model.walk import Features
+
+import s2shadow
+from s2shadow import HCR_FWB, HCR_VM
+
+K, M, G = 1 << 10, 1 << 20, 1 << 30
+PAGE = 4 * K
+RAM, RAM_END = 1 * G, 3 * G
+TABLES, DATA = RAM, 2 * G
+DATA_PAGES = 2048
+ROM, DEVICE, NOWHERE = 3 * G, 4 * G, 5 * G
+HOST = 1 << 40
+GRANULES = [(4 * K, 4 * K), (4 * K, 16 * K), (4 * K, 64 * K), (16 * K, 64 * K)]
+BASES = (0, 2 * M - 4 * PAGE, 2 * M, 6 * M, 32 * M, 33 * M, 512 * M, 514 * M, G, G + 2 * M, 2 * G, 8 * G)
+SLOTS = len(BASES)
+ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
+ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - PAGE)
+VMALLS12, IPA, ALL = 0, 1, 5
+SAMPLED = range(DATA, DATA + 8 * M, 1027 * PAGE)
+
+
+class Pair:
+    def __init__(self, granules=GRANULES[0], vcpus=1, populate=None, fwb=True, xnx=True, ha=True, contexts=3):
+        self.ours, self.theirs = s2shadow.GuestMemory(), Memory()
+        self.add(RAM, RAM_END - RAM)
+        self.add(DEVICE, 2 * M, device=True)
+        self.ours.add(ROM, buffer=bytes(M), readonly=True)
+        self.theirs.add(ROM, M, readonly=True)
+        options = {"fwb": fwb, "xnx": xnx}
+        self.vm = s2shadow.NestedVM(
+            self.ours, vcpus=vcpus, contexts=contexts, features=s2shadow.Features(**options)
+        )
+        self.model = VM(self.theirs, Features(**options), vcpus=vcpus, contexts=contexts)
+        self.vcpus = vcpus
+        self.tables = [
+            rig.Tables(self.ours.read64, self.write64, TABLES + 256 * M * n, granule, vtcr=ha << 21)
+            for n, granule in enumerate(granules)
+        ]
+        if populate:
+            self.vm.host.populate = s2shadow.Linear(offset=HOST, max_block=populate)
+            self.model.populate = Linear(HOST, populate)
+        else:
+            self.do_host_map(DATA, HOST + DATA, DATA_PAGES * PAGE)
+        self.do_host_map(ROM, HOST + ROM, 2 * M)
+        for n in range(vcpus):
+            self.load(n, 1, 0)
+        self.seen = self.held()
+
+    def add(self, start, size, **kind):
+        self.ours.add(start, size, **kind)
+        self.theirs.add(start, size, **kind)
+
+    def write64(self, address, word):
+        """L1's software writes."""
+        self.ours.write64(address, word)
+        self.theirs.poke(address, word)
+
+    # addresses
+
+    def ipa(self, slot, offset=0):
+        return BASES[slot % SLOTS] + offset * PAGE + 8 * slot
+
+    def target(self, page):
+        """Where L1's leaf points: into the data, or once in a while where there is none."""
+        odd = DATA_PAGES - 1 - page
+        return ODD_TARGETS[odd] if odd < len(ODD_TARGETS) else DATA + page * PAGE
+
+    def range(self, page, length):
+        start = DATA + page * PAGE
+        return start, min(start + length * PAGE, DATA + DATA_PAGES * PAGE)
+
+    def log_range(self, page, length):
+        """The longest stands for everything, L1's tables too."""
+        return (RAM, DATA + DATA_PAGES * PAGE) if length == DATA_PAGES else self.range(page, length)
+
+    # vCPUs
+
+    def load(self, n, vmid, table, on=True):
+        n %= self.vcpus
+        tables = self.tables[table]
+        hcr = (HCR_VM if on else 0) | (HCR_FWB if table else 0)
+        index = self.vm.vcpus[n].load(tables.vttbr(vmid), tables.vtcr, hcr=hcr).index
+        assert index == self.model.load(n, tables.vttbr(vmid), tables.vtcr, hcr)
+
+    def put(self, n):
+        n %= self.vcpus
+        if self.model.vcpus[n].index is not None:
+            self.vm.vcpus[n].put()
+            self.model.put(n)
+
+    def fault(self, n, ipa, access):
+        n %= self.vcpus
+        if self.model.vcpus[n].index is not None:
+            got = self.vm.vcpus[n].fault(ipa, access)
+            same_fault(got, self.model.fault(n, ipa, access))
+
+    def fault_many(self, n, ipas, access):
+        n %= self.vcpus
+        if self.model.vcpus[n].index is not None:
+            rows = self.vm.vcpus[n].fault_many(np.array(ipas, dtype=np.uint64), access)
+            for row, ipa in zip(rows, ipas, strict=True):
+                same_fault(Row(row), self.model.fault(n, ipa, access))
+
+    def translate(self, n, ipa, access):
+        n %= self.vcpus
+        if self.model.vcpus[n].index is None:
+            return
+        got = self.vm.vcpus[n].translate(ipa, access)
+        base, leaf = self.model.translate(n, ipa, access)
+        assert (got.kind == s2shadow.HIT) == (leaf is not None)
+        if leaf:
+            assert (got.pa, got.size, got.perm) == (leaf.pa + ipa - base, leaf.size, leaf.perm)
+
+    # L1
+
+    def l1_map(self, table, ipa, level, page, perm="rwx", memattr=15, sh=3, young=True, tlbi=False):
+        tables = self.tables[table]
+        level = max(level, tables.start)
+        cipa = self.target(page) & -tables.size(level)
+        tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young))
+        if tlbi:
+            self.tlbi_ipa(0, ipa, 1)
+
+    def l1_map_run(self, table, ipa, page, perm="rwx"):
+        tables = self.tables[table]
+        page = page * PAGE // tables.granule * tables.granule // PAGE
+        for n in range(8):
+            tables.map(ipa + n * tables.granule, DATA + (page * PAGE + n * tables.granule) % (8 * M), 3, perm=perm)
+
+    def l1_unmap(self, table, ipa, level, tlbi=False):
+        tables = self.tables[table]
+        tables.unmap(ipa, max(level, tables.start))
+        if tlbi:
+            self.tlbi_ipa(0, ipa, 1)
+
+    def tlbi(self, n, op, vmid):
+        regs = self.registers(vmid)
+        got = self.vm.vcpus[n % self.vcpus].tlbi(op, hcr=HCR_VM, **regs)
+        want = self.model.tlbi_all() if op.startswith("ALLE1") else self.model.tlbi_vmid(**regs)
+        assert got.removed == got.required == want
+
+    def tlbi_ipa(self, n, ipa, vmid):
+        regs = self.registers(vmid)
+        got = self.vm.vcpus[n % self.vcpus].tlbi("IPAS2E1IS", ipa >> 12, hcr=HCR_VM, **regs)
+        assert got.removed == got.required == self.model.tlbi_ipa(address=ipa, **regs)
+
+    def registers(self, vmid):
+        return {"vttbr": self.tables[0].vttbr(vmid), "vtcr": self.tables[0].vtcr}
+
+    # the host
+
+    def do_host_map(self, cipa, pa, size, perm="rwx"):
+        memattr = 0b0110 if self.model.features.fwb else 0b1111
+        got = self.vm.host.map(cipa, pa, size, perm)
+        assert got.leaves == self.model.host_map(cipa, pa, size, perm, memattr)
+
+    def host_map(self, page, length, shift=0, perm="rwx"):
+        start, end = self.range(page, length)
+        self.do_host_map(start, HOST + start + shift * PAGE, end - start, perm)
+
+    def host_map_gigabyte(self):
+        self.do_host_map(DATA, HOST + DATA, G)
+
+    def unmap(self, page, length, partial="split"):
+        start, end = self.range(page, length)
+        got = self.vm.unmap(start, end, partial)
+        assert got.leaves == self.model.unmap(start, end, partial or "split")
+
+    def unmap_all(self):
+        assert self.vm.unmap(0, 1 << 48).leaves == self.model.unmap(0, 1 << 48)
+
+    def protect(self, page, length, perm):
+        start, end = self.range(page, length)
+        assert self.vm.host.protect(start, end, perm).leaves == self.model.protect(start, end, perm)
+
+    def log_dirty(self, page, length, on=True):
+        start, end = self.log_range(page, length)
+        assert self.vm.log_dirty(start, end, on).leaves == self.model.log_dirty(start, end, on)
+
+    def dirty_log(self, page, length):
+        start, end = self.log_range(page, length)
+        got = pages_of(self.vm.dirty_log(start, end), start)
+        assert got == self.model.dirty_log(start, end)
+        return got
+
+    def young(self, page, length, clear):
+        start, end = self.range(page, length)
+        got = (self.vm.age if clear else self.vm.test_young)(start, end)
+        assert pages_of(got, start) == self.model.young_pages(start, end, clear)
+
+    # what must be equal
+
+    def check(self):
+        self.check_shadows()
+        self.check_host()
+        self.check_tables()
+        self.check_owed()
+        self.check_reverse(SAMPLED)
+        self.vm.check()
+
+    def check_shadows(self):
+        contexts = {c.index: c for c in self.vm.contexts}
+        for index, want in enumerate(self.model.contexts):
+            if want.key is None:
+                assert index not in contexts or not contexts[index].entries
+                continue
+            ctx = contexts[index]
+            assert (ctx.vmid, ctx.enabled, ctx.entries, ctx.refs) == (
+                want.vmid, want.enabled, len(want.leaves), want.refs,
+            )  # fmt: skip
+            names = ["ipa", "cipa", "pa", "size", "perm", "memattr", "sh", "young", "guest_level"]
+            rows = self.vm.shadow(index)[names].tolist()
+            assert rows == [
+                (ipa, s.cipa, s.pa, s.size, s.perm, s.memattr, s.sh, int(s.young), s.guest_level)
+                for ipa, s in sorted(want.leaves.items())
+            ]
+        stats = self.vm.stats
+        assert stats.installed - stats.removed == stats.live == sum(len(c.leaves) for c in self.model.contexts)
+
+    def check_host(self):
+        rows = self.vm.host.leaves()[["cipa", "pa", "size", "perm", "memattr"]].tolist()
+        assert rows == [(b, h.pa, h.size, h.now, h.memattr) for b, h in sorted(self.model.host.items())]
+
+    def check_tables(self):
+        for address, word in self.theirs.words.items():
+            assert self.ours.read64(address) == word, hex(address)
+
+    def check_reverse(self, pages):
+        for page in pages:
+            rows = self.vm.reverse(page)[["context", "ipa", "size"]].tolist()
+            assert sorted(rows) == self.model.reverse(page)
+
+    def check_owed(self):
+        """Every leaf that went, moved or lost a permission since the last time is covered by what is owed."""
+        owed, now = self.vm.take_tlbis(), self.held()
+        for key, (pa, perm) in self.seen.items():
+            new_pa, new_perm = now.get(key, (pa, 0))
+            if pa != new_pa or perm & ~new_perm:
+                assert covered(owed, *key), (key, owed)
+        self.seen = now
+
+    def held(self):
+        """{(host VMID, ipa, size): (pa, permissions)} of all contexts."""
+        return {
+            (ctx.host_vmid, ipa, size): (pa, perm)
+            for ctx in self.vm.contexts
+            for ipa, size, pa, perm in self.vm.shadow(ctx.index)[["ipa", "size", "pa", "perm"]].tolist()
+        }
+
+
+class Row:
+    """A row of a batch, as attributes."""
+
+    def __init__(self, row):
+        for name in row.dtype.names:
+            setattr(self, name, row[name].item())
+
+
+def same_fault(got, want):
+    names = ("kind", "fsc", "level", "perm", "context", "ipa", "cipa", "pa", "size", "hpfar")
+    assert {n: int(getattr(got, n)) for n in names} == {n: getattr(want, n) for n in names}
+
+
+def pages_of(bitmap, start):
+    bits = np.unpackbits(np.asarray(bitmap), bitorder="little")
+    return {start + n * PAGE for n in np.flatnonzero(bits).tolist()}
+
+
+def covered(rows, host_vmid, ipa, size):
+    for row in rows:
+        if row["op"] == ALL or (row["op"] == VMALLS12 and row["host_vmid"] == host_vmid):
+            return True
+        if row["op"] == IPA and row["host_vmid"] == host_vmid and row["start"] <= ipa and ipa + size <= row["end"]:
+            return True
+    return False
+
+

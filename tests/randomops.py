@@ -1,0 +1,130 @@
+"""A seeded stream of operations on a lockstep.Pair: what L2, L1 and the host do, in proportions that keep shadows full."""
+
+from lockstep import ALIASES, DATA, DATA_PAGES, PAGE, SLOTS
+
+PERMS = ("r", "rw", "rx", "rwx", "rwx", "rwx", "w", "rp", "ru", "")
+HOST_PERMS = ("rwx", "rwx", "rwx", "rw", "rx", "r")
+ACCESSES = (1, 1, 1, 2, 2, 2, 3, 4, 4 | 8, 1 | 8, 2 | 8, 5, 7)
+LENGTHS = (1, 1, 1, 1, 1, 2, 3, 16, 512, 600)
+
+
+def some_ipa(rng, pair):
+    """Half near the start of a slot, where L1 maps most; the rest anywhere in its 2 MiB."""
+    return pair.ipa(rng.randrange(SLOTS), rng.choice((rng.randrange(12), rng.randrange(12), rng.randrange(512))))
+
+
+def fault(rng, pair):
+    pair.fault(rng.randrange(2), some_ipa(rng, pair), rng.choice(ACCESSES))
+
+
+def fault_canonical(rng, pair):
+    pair.fault(rng.randrange(2), DATA + rng.randrange(DATA_PAGES) * PAGE, rng.choice(ACCESSES))
+
+
+def batch(rng, pair):
+    pair.fault_many(rng.randrange(2), [some_ipa(rng, pair) for _ in range(rng.randrange(1, 30))], rng.choice(ACCESSES))
+
+
+def translate(rng, pair):
+    pair.translate(rng.randrange(2), some_ipa(rng, pair), rng.choice(ACCESSES))
+
+
+def load(rng, pair):
+    pair.load(rng.randrange(2), rng.randrange(1, 4), rng.randrange(2), rng.random() < 0.85)
+
+
+def put(rng, pair):
+    pair.put(rng.randrange(2))
+
+
+def l1_map(rng, pair):
+    slot, offset = rng.randrange(SLOTS), rng.randrange(12)
+    level = rng.choice((3, 3, 3, 3, 3, 2, 2, 1))
+    memattr, sh = rng.choice((15, 15, 15, 15, 5, 1, 6, 7)), rng.choice((3, 3, 3, 2, 0))
+    page, young, tlbi = rng.randrange(DATA_PAGES), rng.random() < 0.8, rng.random() < 0.7
+    pair.l1_map(rng.randrange(2), pair.ipa(slot, offset), level, page, rng.choice(PERMS), memattr, sh, young, tlbi)
+
+
+def l1_map_run(rng, pair):
+    pair.l1_map_run(rng.randrange(2), rng.choice(ALIASES), rng.randrange(0, DATA_PAGES, 8), rng.choice(PERMS))
+
+
+def l1_unmap(rng, pair):
+    pair.l1_unmap(rng.randrange(2), some_ipa(rng, pair), rng.choice((3, 3, 3, 3, 2, 1)), rng.random() < 0.7)
+
+
+def tlbi(rng, pair):
+    pair.tlbi(rng.randrange(2), rng.choice(("ALLE1IS", "VMALLS12E1", "VMALLS12E1IS")), rng.randrange(1, 5))
+
+
+def tlbi_ipa(rng, pair):
+    pair.tlbi_ipa(rng.randrange(2), some_ipa(rng, pair), rng.randrange(1, 4))
+
+
+def host_map(rng, pair):
+    shift = rng.choice((0, 0, 0, 0, 1, 512))
+    pair.host_map(rng.randrange(DATA_PAGES), rng.choice(LENGTHS), shift, rng.choice(HOST_PERMS))
+
+
+def host_heal(rng, pair):
+    """Puts the data back as it was at the start, in blocks."""
+    if rng.random() < 0.2:
+        pair.unmap_all()
+    pair.host_map(0, DATA_PAGES)
+
+
+def host_gigabyte(rng, pair):
+    pair.host_map_gigabyte()
+
+
+def unmap(rng, pair):
+    pair.unmap(rng.randrange(DATA_PAGES), rng.choice(LENGTHS), rng.choice(("split", "split", None, "drop")))
+
+
+def protect(rng, pair):
+    pair.protect(rng.randrange(DATA_PAGES), rng.choice(LENGTHS), rng.choice(HOST_PERMS))
+
+
+def log_dirty(rng, pair):
+    pair.log_dirty(rng.randrange(DATA_PAGES), rng.choice((*LENGTHS, DATA_PAGES)), rng.random() < 0.6)
+
+
+def dirty_log(rng, pair):
+    pair.dirty_log(rng.randrange(DATA_PAGES), rng.choice((1, 16, 512, 600, DATA_PAGES)))
+
+
+def young(rng, pair):
+    pair.young(rng.randrange(DATA_PAGES), rng.choice(LENGTHS), rng.random() < 0.6)
+
+
+WEIGHTS = {
+    fault: 400,
+    batch: 60,
+    fault_canonical: 30,
+    translate: 30,
+    load: 60,
+    put: 5,
+    l1_map: 120,
+    l1_map_run: 40,
+    l1_unmap: 20,
+    tlbi: 4,
+    tlbi_ipa: 40,
+    host_map: 15,
+    host_heal: 4,
+    host_gigabyte: 1,
+    unmap: 25,
+    protect: 15,
+    log_dirty: 10,
+    dirty_log: 15,
+    young: 15,
+}
+
+
+def run(rng, pair, count, after=None):
+    """count operations; after(n) is called after each."""
+    operations, weights = list(WEIGHTS), list(WEIGHTS.values())
+    for n in range(count):
+        operation = rng.choices(operations, weights)[0]
+        operation(rng, pair)
+        if after:
+            after(n, operation.__name__)
