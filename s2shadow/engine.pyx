@@ -85,11 +85,36 @@ class InvariantError(AssertionError):
     """``NestedVM.check`` found a broken invariant."""
 
 
-class Invalidation(namedtuple("Invalidation", "leaves ticket")):
+cdef class Invalidation:
     """Shadow leaves that a host change dropped, and its number: the host page may be reused once every row of
-    ``take_tlbis()`` with ``seq`` up to ``ticket`` has been applied."""
+    ``take_tlbis()`` with ``seq`` up to ``ticket`` has been applied. Unpacks into the two."""
 
-    __slots__ = ()
+    cdef readonly uint64_t leaves
+    cdef readonly uint64_t ticket
+
+    def __init__(self, uint64_t leaves, uint64_t ticket):
+        self.leaves = leaves
+        self.ticket = ticket
+
+    def __iter__(self):
+        return iter((self.leaves, self.ticket))
+
+    def __eq__(self, other):
+        return isinstance(other, Invalidation) and tuple(self) == tuple(other)
+
+    def __hash__(self):
+        return hash((self.leaves, self.ticket))
+
+    def __repr__(self):
+        return f"Invalidation(leaves={self.leaves}, ticket={self.ticket})"
+
+
+cdef Invalidation invalidation(const change_t *change):
+    """Made without a constructor call: a notifier is timed with what it returns."""
+    cdef Invalidation result = Invalidation.__new__(Invalidation)
+    result.leaves = change.dropped
+    result.ticket = change.ticket
+    return result
 
 
 class TlbiResult(namedtuple("TlbiResult", "name removed required contexts")):
@@ -291,7 +316,7 @@ cdef class _Engine:
             mapped = host_map(&self.vm, cipa, pa, size, &attrs, ~<uint64_t>0, &change)
         if not mapped:
             raise MemoryError(f"no room for the tables of {size:#x} bytes at {cipa:#x}")
-        return Invalidation(change.dropped, change.ticket)
+        return invalidation(&change)
 
     def load(self, addresses, pages, uint64_t vttbr, uint64_t vtcr):
         cdef host_attrs_t attrs
@@ -343,9 +368,9 @@ cdef class _Engine:
         self.fill_attrs(perm, 0, &attrs)
         with nogil:
             host_protect(&self.vm, start, end, attrs.perm, &change)
-        return Invalidation(change.dropped, change.ticket)
+        return invalidation(&change)
 
-    def unmap(self, uint64_t start, uint64_t end, partial):
+    cdef Invalidation unmap(self, uint64_t start, uint64_t end, object partial):
         cdef change_t change
         cdef bint drop_partial
         self.check_range(start, end)
@@ -359,7 +384,7 @@ cdef class _Engine:
             return Invalidation(0, self.vm.owed.seq)
         with nogil:
             host_unmap(&self.vm, start, end, drop_partial, &change)
-        return Invalidation(change.dropped, change.ticket)
+        return invalidation(&change)
 
     def log_dirty(self, uint64_t start, uint64_t end, bint on):
         cdef change_t change
@@ -379,7 +404,7 @@ cdef class _Engine:
             raise MemoryError("cannot reserve address space for the dirty log")
         with nogil:
             host_log(&self.vm, <const range_t *>&ranges[0, 0], count, on, &change)
-        return Invalidation(change.dropped, change.ticket)
+        return invalidation(&change)
 
     cdef object new_bitmap(self, uint64_t start, uint64_t end):
         return np.zeros(((end - start >> self.vm.arena.granule_bits) + 7) // 8, dtype=np.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 GRANULES = (4096, 16384, 65536)
 PA_BITS = (32, 36, 40, 42, 44, 48, 52)
@@ -19,7 +19,7 @@ class Features:
     """
 
     pa_bits: int = 48
-    granules: tuple[int, ...] = field(default=None)  # type: ignore[assignment]
+    granules: tuple[int, ...] = None  # type: ignore[assignment]
     ttl: bool = True
     range: bool = True
     xnx: bool = True

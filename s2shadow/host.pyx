@@ -461,7 +461,7 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t first = block if block > start else start
     cdef uint64_t last = block + span if block + span < end else end
-    cdef uint64_t desc = load64(vm.arena.words + slot), dropped
+    cdef uint64_t desc = load64(vm.arena.words + slot), dropped, changed
     cdef uint8_t old = granted_perm(desc)
     cdef host_attrs_t attrs
     if old == perm:
@@ -482,7 +482,10 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
     attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
     attrs.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
     attrs.young = (desc & DESC_AF) != 0
-    store64(vm.arena.words + slot, host_desc(vm, block, desc & OA_48, level, &attrs))
+    changed = host_desc(vm, block, desc & OA_48, level, &attrs)
+    if perm & ACCESS_WRITE:
+        changed |= desc & DESC_S2AP_W       # W that a write has earned stays: the page is marked
+    store64(vm.arena.words + slot, changed)
     return block + span
 
 
@@ -505,8 +508,8 @@ cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, cha
 
 
 cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
-    """Take W from host leaves that overlap [start, end), and from their shadows, leaf by leaf."""
-    cdef uint64_t at = start, work = 0, span, first, last
+    """Take W from host leaves that overlap [start, end), and from all their shadows, leaf by leaf."""
+    cdef uint64_t at = start, work = 0, span
     cdef int level = 0
     cdef uint32_t slot
     while True:
@@ -514,9 +517,7 @@ cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end, change_t *chang
         if not slot:
             return
         span = level_span(vm.arena.granule_bits, level)
-        first = at if at > start else start
-        last = at + span if at + span < end else end
-        narrow_shadows(vm, first, last, PERM_ALL & ~ACCESS_WRITE, False, change)
+        narrow_shadows(vm, at, at + span, PERM_ALL & ~ACCESS_WRITE, False, change)
         store64(vm.arena.words + slot, load64(vm.arena.words + slot) & ~DESC_S2AP_W)
         at += span
         work += 1

@@ -5,7 +5,7 @@ operation on [start, end) takes every leaf of guest level l that lies in the ran
 that level. Levels that a context does not hold are skipped at its root.
 """
 
-from s2shadow.arch cimport LEVEL_STAGE2_OFF, level_span
+from s2shadow.arch cimport LEVEL_STAGE2_OFF, level_shift, level_span
 from s2shadow.leaf cimport ALL_TAGS, OP_DROP, is_empty, visit_context, visit_init, visit_t
 from s2shadow.owed cimport owe_context, owed_begin, owed_end
 from s2shadow.vm cimport DROP_CHUNK, context_t, lock_exclusive, sched_yield, unlock
@@ -55,6 +55,8 @@ cdef void drop_extents(vm_t *vm, context_t *context, maintenance_t *operation) n
     cdef uint64_t span
     cdef int level
     for level in range(-1, 4):
+        if level_shift(context.config.granule_bits, level) >= 64:
+            continue                        # no such level with this granule
         if not operation.levels >> (level - LEVEL_STAGE2_OFF) & 1:
             continue
         span = level_span(context.config.granule_bits, level)

@@ -116,12 +116,14 @@ cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa,
     if not config.enabled:
         walk_identity(config, ipa, out)
         return
-    if ipa >> config.ia_bits:
-        fail(out, FSC_TRANSLATION, 0)
-        return
     if config.has_error:
         out.status = 1
         out.fsc = config.error_fsc
+        if config.ia_bits < 64 and ipa >> config.ia_bits:
+            out.fsc = FSC_TRANSLATION       # checked before the base address
+        return
+    if ipa >> config.ia_bits:
+        fail(out, FSC_TRANSLATION, 0)
         return
 
     level = config.start_level

@@ -64,11 +64,11 @@ def faulting(r, n, rounds, access=WRITE, allowed=frozenset(FINE)):
 def test_faults_in_parallel():
     """Four vCPUs fill two shadows at once: each leaf once, right, and counted once."""
     r = crowd(4)
-    together(*(faulting(r, n, 60, allowed=frozenset({HIT, MAPPED})) for n in range(4)))
+    together(*(faulting(r, n, 600, allowed=frozenset({HIT, MAPPED})) for n in range(4)))
     r.vm.check()
     stats = r.vm.stats
     assert stats.installed - stats.removed == stats.live == sum(c.entries for c in r.vm.contexts)
-    assert stats.faults == 4 * 60 * 500
+    assert stats.faults == 4 * 600 * 500
     for index in (0, 1):
         rows = r.shadow(index)
         assert (rows["pa"] == HOST + DATA + rows["ipa"]).all()
@@ -80,12 +80,12 @@ def test_unmap_against_faults():
 
     def changer():
         rng = np.random.default_rng(99)
-        for n in range(1500):
+        for n in range(15000):
             page = DATA + int(rng.integers(0, PAGES)) * PAGE
             r.vm.unmap(page, page + PAGE)
             r.vm.host.map(page, (2 + n % 2) * HOST + page, PAGE)
 
-    together(changer, *(faulting(r, n, 60, allowed=frozenset({*FINE, HOST_FAULT})) for n in range(4)))
+    together(changer, *(faulting(r, n, 600, allowed=frozenset({*FINE, HOST_FAULT})) for n in range(4)))
     r.vm.check()
     host = {cipa: pa for cipa, pa, size, _ in r.host_leaves() for pa, cipa in [(pa, cipa)] if size == PAGE}
     for index in (0, 1):
@@ -108,7 +108,7 @@ def test_after_unmap_nothing_old():
 
     def mover():
         try:
-            for n in range(2, 40):
+            for n in range(2, 200):
                 r.vm.unmap(DATA + 5 * PAGE, DATA + 6 * PAGE)
                 r.vm.host.map(DATA + 5 * PAGE, n * HOST + DATA + 5 * PAGE, PAGE)
                 current[0] = n * HOST
@@ -129,7 +129,7 @@ def test_tlbi_against_faults():
     stale = []
 
     def editor():
-        for n in range(2000):
+        for n in range(10000):
             target = DATA + (8 + n % 50) * PAGE
             r.tables.set(where, r.tables.leaf(target, 3))
             r.vm.vcpus[2].tlbi("IPAS2E1IS", 7)
@@ -139,7 +139,7 @@ def test_tlbi_against_faults():
 
     def toucher(n):
         def job():
-            for _ in range(4000):
+            for _ in range(20000):
                 assert r.vm.vcpus[n].fault(7 * PAGE, READ).kind in FINE
 
         return job
@@ -162,7 +162,7 @@ def test_no_write_is_lost():
         def job():
             rng = np.random.default_rng(n)
             try:
-                for _ in range(150):
+                for _ in range(3000):
                     pages = rng.integers(0, PAGES, 64, dtype=np.uint64)
                     got = r.vm.vcpus[n].fault_many(pages * PAGE, WRITE)
                     assert set(got["kind"].tolist()) <= FINE
@@ -196,7 +196,7 @@ def test_last_round_is_not_lost():
 
     def writer():
         rng = np.random.default_rng(1)
-        for _ in range(1500):
+        for _ in range(10000):
             page = int(rng.integers(0, PAGES))
             while r.vm.vcpus[0].fault(page * PAGE, WRITE).kind == RETRY:
                 pass
@@ -206,7 +206,7 @@ def test_last_round_is_not_lost():
 
     def others():
         rng = np.random.default_rng(2)
-        for _ in range(1500):
+        for _ in range(10000):
             page = int(rng.integers(0, PAGES))
             r.vm.vcpus[1].fault(page * PAGE, READ)
             r.vm.test_young(DATA, DATA + 64 * PAGE)
@@ -218,13 +218,13 @@ def test_last_round_is_not_lost():
 
 def test_everything_at_once():
     """Faults, context switches, unmaps, permissions, logging, aging, TLBIs and readers of the state, all at once."""
-    r = crowd(4, contexts=5)
+    r = crowd(5, contexts=6)
     allowed = frozenset({*FINE, HOST_FAULT, L1_FAULT})
 
     def switching(n):
         def job():
             inner = faulting(r, n, 1, allowed=allowed)
-            for k in range(40):
+            for k in range(400):
                 r.load(1 + (n + k) % 7, n=n)
                 inner()
 
@@ -232,7 +232,7 @@ def test_everything_at_once():
 
     def host():
         rng = np.random.default_rng(7)
-        for n in range(600):
+        for n in range(6000):
             page = DATA + int(rng.integers(0, PAGES - 8)) * PAGE
             what = n % 6
             if what == 0:
@@ -250,14 +250,14 @@ def test_everything_at_once():
         r.vm.unmap(DATA, DATA + 4 * M)
 
     def looker():
-        for _ in range(60):
+        for _ in range(400):
             assert r.vm.stats.faults >= 0
             for index in range(2):
                 rows = r.vm.shadow(index)
                 assert (np.diff(rows["ipa"].astype(np.int64)) > 0).all()
             r.vm.reverse(DATA)
             r.vm.take_tlbis()
-            r.vm.vcpus[0].tlbi("VMALLS12E1IS", vttbr=3 << 48, vtcr=r.tables.vtcr)
+            r.vm.vcpus[4].tlbi("VMALLS12E1IS", vttbr=3 << 48, vtcr=r.tables.vtcr)
             r.vm.check()
 
     together(host, looker, *(switching(n) for n in range(4)))
@@ -280,7 +280,7 @@ def test_populate_in_parallel():
             return s2shadow.HostMapping(handed[page][-1], PAGE)
 
     r.vm.host.populate = populate
-    together(*(faulting(r, n, 10) for n in range(4)))
+    together(*(faulting(r, n, 100) for n in range(4)))
     r.vm.check()
     for cipa, pa, size, _ in r.host_leaves():
         assert size == PAGE and pa in handed[cipa]

@@ -192,7 +192,7 @@ class VM:
     def fault_host(self, vcpu, ipa, access, guest):
         cipa = guest.pa
         known = {"ipa": ipa, "context": vcpu.index, "level": guest.level, "cipa": cipa}
-        region = self.mem.region(cipa)
+        region = None if cipa >> self.features.pa_bits else self.mem.region(cipa)
         if region is None or (region[2] == READ_ONLY and access & WRITE):
             return Fault(MMIO, fsc=EXTERNAL_ABORT, **known)
         host = self.host_leaf(cipa)[1]
@@ -321,9 +321,11 @@ class VM:
         return dropped + self.settle()
 
     def protect(self, start, end, perm):
+        """Leaves that grant something else than this are cut to the range and changed."""
         bits = perm_of(perm)
-        if any(leaf.perm != bits for _, leaf in self.host_overlapping(start, end)):
-            self.split_around(start, end)
+        for base, leaf in self.host_overlapping(start, end):
+            if leaf.perm != bits:
+                self.split_around(max(base, start), min(base + leaf.size, end))
         for base, leaf in self.host_overlapping(start, end):
             if leaf.perm != bits:
                 had_write = leaf.now & WRITE
