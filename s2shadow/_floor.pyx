@@ -20,7 +20,7 @@ cdef enum:
 
 def chase(uint64_t footprint, uint64_t steps=1 << 20, uint64_t seed=1):
     """Nanoseconds per dependent load over ``footprint`` bytes, visited in one random cycle (Sattolo's shuffle)."""
-    cdef uint64_t lines = max(2, footprint // 64), i, j, state = seed | 1, at = 0, began, took
+    cdef uint64_t lines = max(2, footprint // 64), i, j, state = seed | 1, at = 0, began, took, _step
     cdef uint64_t *words = <uint64_t *>malloc(lines * 64)
     cdef uint64_t swap
     if words == NULL:
@@ -38,11 +38,11 @@ def chase(uint64_t footprint, uint64_t steps=1 << 20, uint64_t seed=1):
             i -= 1
         for i in range(lines):          # links as word offsets: the timed loop only loads
             words[i * LINE_WORDS] *= LINE_WORDS
-        for i in range(min(lines, steps)):
+        for _step in range(min(lines, steps)):
             at = words[at]
         keep(at)                       # a volatile store on either side keeps the loads between the clock reads
         began = now_ns()
-        for i in range(steps):
+        for _step in range(steps):
             at = words[at]
         keep(at)
         took = now_ns() - began

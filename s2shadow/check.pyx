@@ -10,9 +10,7 @@ from s2shadow.context cimport same_key
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.rmap cimport HEAD_TAG, MARKER_BYTES, is_marker, known_head, link_next, link_prev, node_t
-from s2shadow.table cimport (
-    CANONICAL, GUEST_LEVELS, child_page, is_table, page_cost, page_t, slot_ipa, table_find, table_t,
-)
+from s2shadow.table cimport CANONICAL, GUEST_LEVELS, child_page, is_table, page_cost, page_t, table_find, table_t
 from s2shadow.vm cimport TEARDOWN_REVERSE_MAP, is_active, read_tag
 
 RULES = (
@@ -85,7 +83,8 @@ cdef bint found(finding_t *finding, int rule, uint32_t slot, uint64_t seen, uint
     return False
 
 
-cdef bint check_host_half(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, uint64_t cipa, int level, finding_t *finding) noexcept nogil:
+cdef bint check_host_half(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, uint64_t cipa, int level,
+                          finding_t *finding) noexcept nogil:
     """Rules 1 and 2: a live leaf against the canonical table, the regions and the dirty log."""
     cdef int host_level = 0
     cdef uint64_t span = level_span(vm.arena.granule_bits, level), host_span, pa, page
@@ -120,8 +119,8 @@ cdef bint is_marked(const vm_t *vm, uint64_t cipa) noexcept nogil:
     return vm.dirty.dirty[page >> 6] >> (page & 63) & 1
 
 
-cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t page, uint32_t parent, int level, uint64_t ipa,
-                     totals_t *totals, finding_t *finding) noexcept nogil:
+cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t page, uint32_t parent, int level,
+                     uint64_t ipa, totals_t *totals, finding_t *finding) noexcept nogil:
     """One table page and all below it."""
     cdef const page_t *meta = &vm.arena.pages[page]
     cdef int shift = level_shift(vm.arena.granule_bits, level), tag
@@ -169,7 +168,8 @@ cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t 
     return True
 
 
-cdef bint check_leaf(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, int level, finding_t *finding) noexcept nogil:
+cdef bint check_leaf(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, int level,
+                     finding_t *finding) noexcept nogil:
     cdef int tag = <int>read_tag(desc)
     cdef uint16_t context = vm.arena.pages[slot >> vm.arena.slot_bits].context
     if (tag == 0) == (vm.contexts[context].config.enabled != 0) or tag >= GUEST_LEVELS:
@@ -179,7 +179,8 @@ cdef bint check_leaf(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, i
     return check_host_half(vm, view, slot, desc, vm.arena.links[slot], level, finding)
 
 
-cdef bint check_list(vm_t *vm, mem_view_t *view, uint32_t head, int level, uint64_t cipa, totals_t *totals, finding_t *finding) noexcept nogil:
+cdef bint check_list(vm_t *vm, mem_view_t *view, uint32_t head, int level, uint64_t cipa, totals_t *totals,
+                     finding_t *finding) noexcept nogil:
     cdef uint32_t slot = vm.rmap.heads[head], before = HEAD_TAG | head
     cdef bint after_marker = False
     while slot:
@@ -199,7 +200,8 @@ cdef bint check_list(vm_t *vm, mem_view_t *view, uint32_t head, int level, uint6
     return True
 
 
-cdef bint check_entry(vm_t *vm, mem_view_t *view, uint32_t slot, int level, uint64_t cipa, totals_t *totals, finding_t *finding) noexcept nogil:
+cdef bint check_entry(vm_t *vm, mem_view_t *view, uint32_t slot, int level, uint64_t cipa, totals_t *totals,
+                      finding_t *finding) noexcept nogil:
     """One element of a list against the leaf that it names."""
     cdef const page_t *page = &vm.arena.pages[slot >> vm.arena.slot_bits]
     cdef uint64_t desc = vm.arena.words[slot]
@@ -211,7 +213,8 @@ cdef bint check_entry(vm_t *vm, mem_view_t *view, uint32_t slot, int level, uint
     return check_host_half(vm, view, slot, desc, cipa, level, finding)
 
 
-cdef bint check_node(vm_t *vm, mem_view_t *view, uint32_t node, uint32_t parent, totals_t *totals, finding_t *finding) noexcept nogil:
+cdef bint check_node(vm_t *vm, mem_view_t *view, uint32_t node, uint32_t parent, totals_t *totals,
+                     finding_t *finding) noexcept nogil:
     cdef uint64_t i, used = 0, cipa = vm.rmap.nodes[node].cipa
     cdef int level = vm.rmap.nodes[node].level, shift = level_shift(vm.arena.granule_bits, level)
     cdef uint32_t name
@@ -236,7 +239,8 @@ cdef bint check_node(vm_t *vm, mem_view_t *view, uint32_t node, uint32_t parent,
     return True
 
 
-cdef bint check_table(vm_t *vm, mem_view_t *view, const table_t *table, totals_t *totals, finding_t *finding) noexcept nogil:
+cdef bint check_table(vm_t *vm, mem_view_t *view, const table_t *table, totals_t *totals,
+                      finding_t *finding) noexcept nogil:
     cdef uint64_t i
     cdef int shift = level_shift(vm.arena.granule_bits, table.start_level) + vm.arena.slot_bits
     for i in range(<uint64_t>1 << table.concatenated_bits):
@@ -270,7 +274,8 @@ cdef void check_vm(vm_t *vm, mem_view_t *view, finding_t *finding) noexcept nogi
     cdef uint64_t installed = 0, rmap_bytes
     cdef uint64_t links = <uint64_t>8 << vm.arena.slot_bits, heads = <uint64_t>4 << vm.arena.slot_bits
     cdef uint32_t i
-    totals.leaves = totals.entries = totals.table_pages = totals.link_pages = totals.inner_nodes = totals.leaf_nodes = totals.markers = 0
+    totals.leaves = totals.entries = totals.table_pages = totals.link_pages = 0
+    totals.inner_nodes = totals.leaf_nodes = totals.markers = 0
     found(finding, 0, 0, 0, 0)
     if not check_contexts(vm, view, &totals, finding) or not check_table(vm, view, &vm.canonical, &totals, finding):
         return

@@ -64,7 +64,8 @@ cdef uint8_t combine_memattr_plain(uint8_t guest, uint8_t host) noexcept nogil:
             | weaker(normal_half(guest & 3), normal_half(host & 3)))
 
 
-cdef uint8_t combine_memattr_under_fwb(uint8_t guest, bint guest_device, uint8_t guest_normal, uint8_t host) noexcept nogil:
+cdef uint8_t combine_memattr_under_fwb(uint8_t guest, bint guest_device, uint8_t guest_normal,
+                                       uint8_t host) noexcept nogil:
     """The host uses FWB. ``guest_normal`` is what a Normal guest code becomes under the host's "as stage 1"."""
     if host == FWB_WB:
         return FWB_WB

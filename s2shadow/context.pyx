@@ -2,7 +2,7 @@
 
 from s2shadow.arch cimport FINAL_LEVEL
 from s2shadow.atomics cimport load64
-from s2shadow.leaf cimport OP_DROP, is_empty, visit_context, visit_init, visit_t
+from s2shadow.leaf cimport OP_DROP, visit_context, visit_init, visit_t
 from s2shadow.owed cimport owe_context, owed_begin, owed_end
 from s2shadow.table cimport arena_t, child_page, is_table, page_cost, page_t, table_init
 from s2shadow.vm cimport DROP_CHUNK, NO_CONTEXT, lock_exclusive, sched_yield, unlock

@@ -6,13 +6,13 @@ from collections import namedtuple
 import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
-    DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, OA_48, PERM_ALL, level_shift,
-    level_span, s2ap_xn_to_perm,
+    DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, OA_48, level_span,
+    s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport cas32, load64, store32
@@ -20,7 +20,7 @@ from s2shadow.check cimport check_vm, finding_t
 from s2shadow.config cimport decode_config, decode_vmid, fill_features, s2_config_t
 from s2shadow.context cimport context_acquire, context_entries, context_release, context_table_bytes
 from s2shadow.dirty cimport dirty_destroy, dirty_reserve
-from s2shadow.fault cimport STEP_DONE, STEP_POPULATE, fault_run, step_t, translate_run
+from s2shadow.fault cimport STEP_DONE, fault_run, step_t, translate_run
 from s2shadow.host cimport (
     change_t, changed_since, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
     populate_block,
@@ -31,13 +31,13 @@ from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_destroy, owed_init, owed_take
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
 from s2shadow.table cimport (
-    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, arena_t, child_page, is_table, next_leaf, page_cost, page_of, page_t,
+    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, is_table, next_leaf, page_of, page_t,
     reserve_root, slot_ipa, table_find, table_init, table_t,
 )
 from s2shadow.vm cimport (
-    FAULT_CHUNK, KIND_HOST_FAULT, KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE,
-    TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, lock_exclusive, lock_shared,
-    range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+    KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, lock_exclusive, lock_shared, range_t,
+    read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -51,9 +51,11 @@ from s2shadow.walker import as_access, as_addresses, as_masks, as_output, leaves
 FAULT_DTYPE = np.dtype([("kind", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("context", "u2"),
                         ("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("hpfar", "u8")], align=True)
 SHADOW_DTYPE = np.dtype([("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("desc", "u8"), ("perm", "u1"),
-                         ("memattr", "u1"), ("sh", "u1"), ("young", "u1"), ("level", "i1"), ("guest_level", "i1")], align=True)
+                         ("memattr", "u1"), ("sh", "u1"), ("young", "u1"), ("level", "i1"), ("guest_level", "i1")],
+                        align=True)
 REVERSE_DTYPE = np.dtype([("ipa", "u8"), ("size", "u8"), ("context", "u2")], align=True)
-HOST_LEAF_DTYPE = np.dtype([("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("perm", "u1"), ("memattr", "u1")], align=True)
+HOST_LEAF_DTYPE = np.dtype([("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("perm", "u1"), ("memattr", "u1")],
+                           align=True)
 HW_TLBI_DTYPE = np.dtype([("seq", "u8"), ("op", "u1"), ("host_vmid", "u2"), ("start", "u8"), ("end", "u8"),
                           ("level", "i1"), ("asid", "u2"), ("last_level", "u1")], align=True)
 
@@ -78,7 +80,8 @@ cdef enum:
     POPULATE_TRIES = 16                 # a populate that undoes itself ends in RETRY
 
 ARENA_BYTES = 1 << 34                 # 2^31 slots of 8 bytes
-TEARDOWNS = {"reverse-map": TEARDOWN_REVERSE_MAP, "blow-away": TEARDOWN_BLOW_AWAY, "blow-away-lean": TEARDOWN_BLOW_AWAY_LEAN}
+TEARDOWNS = {"reverse-map": TEARDOWN_REVERSE_MAP, "blow-away": TEARDOWN_BLOW_AWAY,
+             "blow-away-lean": TEARDOWN_BLOW_AWAY_LEAN}
 
 
 class InvariantError(AssertionError):
@@ -188,8 +191,8 @@ cdef class _Engine:
     cdef object policy              # Linear, callable or None
     cdef bint pinned
 
-    def __cinit__(self, GuestMemory mem not None, uint32_t vcpus, uint32_t contexts, features, teardown, bint ignore_attributes,
-                  uint64_t max_bytes, uint64_t table_base, bint track):
+    def __cinit__(self, GuestMemory mem not None, uint32_t vcpus, uint32_t contexts, features, teardown,
+                  bint ignore_attributes, uint64_t max_bytes, uint64_t table_base, bint track):
         cdef uint32_t i
         self.mem = mem
         self.features = features
@@ -211,7 +214,8 @@ cdef class _Engine:
                     and not rmap_init(&self.vm.rmap, &self.vm.arena, self.vm.features.pa_bits))
                 or not owed_init(&self.vm.owed, contexts, track)):
             raise MemoryError("cannot set up the engine")
-        table_init(&self.vm.arena, &self.vm.canonical, reserve_root(&self.vm.arena), CANONICAL, self.vm.features.pa_bits)
+        table_init(&self.vm.arena, &self.vm.canonical, reserve_root(&self.vm.arena), CANONICAL,
+                   self.vm.features.pa_bits)
         for i in range(contexts):
             self.vm.contexts[i].shadow.root = reserve_root(&self.vm.arena)
             if not self.vm.contexts[i].shadow.root:
@@ -350,7 +354,8 @@ cdef class _Engine:
         addresses = np.ascontiguousarray(addresses, dtype=np.uint64)
         pages = np.ascontiguousarray(pages, dtype=np.uint8)
         if pages.ndim != 2 or addresses.ndim != 1 or len(addresses) != len(pages):
-            raise ValueError(f"addresses must be uint64[N] and pages uint8[N, page], got {addresses.shape} and {pages.shape}")
+            raise ValueError("addresses must be uint64[N] and pages uint8[N, page], "
+                             f"got {addresses.shape} and {pages.shape}")
         config = Stage2Config(vttbr, vtcr, self.features, hcr=HCR_VM | (HCR_FWB if self.features.fwb else 0))
         if config.error:
             raise ValueError(f"vtcr {vtcr:#x} and vttbr {vttbr:#x} make no host table: {config.error}")
@@ -447,7 +452,8 @@ cdef class _Engine:
                     break
                 desc = load64(self.vm.arena.words + slot)
                 span = level_span(self.vm.arena.granule_bits, level)
-                rows.append((at, desc & OA_48 & ~(span - 1), span, s2ap_xn_to_perm(desc, True), desc >> DESC_MEMATTR_SHIFT & 0xF))
+                rows.append((at, desc & OA_48 & ~(span - 1), span, s2ap_xn_to_perm(desc, True),
+                             desc >> DESC_MEMATTR_SHIFT & 0xF))
                 at += span
         finally:
             unlock(&self.vm.lock)
@@ -491,7 +497,7 @@ cdef class _Engine:
 
     def shadow(self, index):
         cdef context_t *context
-        cdef uint64_t n = 0, at = 0, span, end
+        cdef uint64_t n = 0, at = 0, end
         cdef uint8_t[::1] raw
         cdef shadow_t *row
         cdef uint32_t slot
@@ -620,8 +626,9 @@ cdef class _Engine:
             host_leaves = self.vm.canonical_leaves
             unlock(&self.vm.lock)
         return Stats(
-            faults=kinds[0] + kinds[1] + kinds[2] + kinds[3] + kinds[4] + kinds[5] + kinds[6], hits=kinds[0], mapped=kinds[1],
-            l1_faults=kinds[2], host_faults=kinds[3], mmio=kinds[4], retries=kinds[5], no_memory=kinds[6], installed=installed,
+            faults=kinds[0] + kinds[1] + kinds[2] + kinds[3] + kinds[4] + kinds[5] + kinds[6],
+            hits=kinds[0], mapped=kinds[1], l1_faults=kinds[2], host_faults=kinds[3], mmio=kinds[4],
+            retries=kinds[5], no_memory=kinds[6], installed=installed,
             removed=self.vm.removed, relaxed=relaxed, replaced=replaced, narrowed=self.vm.narrowed,
             live=installed - self.vm.removed, invalidations=self.vm.invalidations, kernel_steps=self.vm.kernel_steps,
             contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
@@ -1155,5 +1162,6 @@ def table_budget(max_table_bytes, vcpus, contexts, features):
     roots = (contexts + 1) * ROOT_PAGES * page
     least = roots + vcpus * path
     if max_table_bytes < least:
-        raise ValueError(f"max_table_bytes must be at least {least} for {contexts} contexts and {vcpus} vCPUs, got {max_table_bytes}")
+        raise ValueError(f"max_table_bytes must be at least {least} for {contexts} contexts and {vcpus} vCPUs, "
+                         f"got {max_table_bytes}")
     return max_table_bytes - roots

@@ -22,11 +22,13 @@ from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_relaxed, owed_begin, owed_end
 from s2shadow.rmap cimport rmap_ensure, rmap_push, rmap_tidy
-from s2shadow.table cimport DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, table_ensure, table_find, table_tidy
+from s2shadow.table cimport (
+    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, table_ensure, table_find, table_tidy,
+)
 from s2shadow.vm cimport (
-    FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY, KIND_RETRY,
-    POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
-    read_tag, sched_yield, unlock, vcpu_t, vm_t,
+    FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY,
+    KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active,
+    lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_stage2, walk_t
 
@@ -44,11 +46,12 @@ cdef inline bint perm_allows(uint64_t desc, uint8_t need) noexcept nogil:
 
 cdef inline bint device_walk_refused(const vcpu_t *vcpu, const vm_t *vm, uint64_t desc, uint8_t access) noexcept nogil:
     """HCR_EL2.PTW: a stage-1 walk must not touch Device memory; L1's walk decides what the fault is."""
-    return access & ACCESS_PTW and vcpu.config.ptw and memattr_is_device(<uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF),
-                                                                          vm.features.fwb)
+    cdef uint8_t memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
+    return access & ACCESS_PTW and vcpu.config.ptw and memattr_is_device(memattr, vm.features.fwb)
 
 
-cdef inline void describe_hit(const vm_t *vm, uint64_t desc, uint64_t ipa, int level, uint64_t block, fault_t *out) noexcept nogil:
+cdef inline void describe_hit(const vm_t *vm, uint64_t desc, uint64_t ipa, int level, uint64_t block,
+                              fault_t *out) noexcept nogil:
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     out.level = <int8_t>(<int>read_tag(desc) + LEVEL_STAGE2_OFF)
     out.perm = s2ap_xn_to_perm(desc, True)
@@ -57,7 +60,8 @@ cdef inline void describe_hit(const vm_t *vm, uint64_t desc, uint64_t ipa, int l
     out.pa = (desc & OA_48 & ~(span - 1)) + (ipa & (span - 1))
 
 
-cdef inline uint32_t shadow_leaf(const vm_t *vm, const context_t *context, uint64_t ipa, uint64_t *desc, int *level) noexcept nogil:
+cdef inline uint32_t shadow_leaf(const vm_t *vm, const context_t *context, uint64_t ipa, uint64_t *desc,
+                                 int *level) noexcept nogil:
     """Slot of the live leaf for ``ipa``, or 0."""
     cdef uint32_t slot
     if ipa >> context.shadow.ia_bits:
@@ -84,7 +88,8 @@ cdef bint block_of(vm_t *vm, uint32_t slot, bint exclusive, uint64_t *block) noe
     return True
 
 
-cdef step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, fault_t *out) noexcept nogil:
+cdef step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive,
+                          fault_t *out) noexcept nogil:
     """What the hardware would find in the shadow now: HIT or MISS. Changes nothing that can be seen."""
     cdef uint64_t desc = 0, block = 0
     cdef int level = 0
@@ -124,7 +129,8 @@ cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint
             at += 1
 
 
-cdef bint try_hit(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, step_t *step, fault_t *out) noexcept nogil:
+cdef bint try_hit(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, step_t *step,
+                  fault_t *out) noexcept nogil:
     """Answer from a live leaf, setting AF in shadow and host where it is clear; ``step`` says if that is all."""
     cdef uint64_t desc = 0, block = 0
     cdef int level = 0
@@ -168,7 +174,8 @@ cdef bint is_mmio(const region_t *region, bint host_mapped, uint8_t access) noex
     return region.readonly and access & ACCESS_WRITE
 
 
-cdef void host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa, host_leaf_t *host) noexcept nogil:
+cdef void host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa,
+                        host_leaf_t *host) noexcept nogil:
     """The host's leaf, cut to what lies inside the region: its neighbours may be read-only or nothing at all."""
     cdef uint64_t block
     host.perm = s2ap_xn_to_perm(desc, True)
@@ -187,7 +194,8 @@ cdef void host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t
         host.size = level_span(vm.arena.granule_bits, level)
 
 
-cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, fault_t *out) noexcept nogil:
+cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive,
+                       fault_t *out) noexcept nogil:
     """One fault on the side of the lock that is held; see ``step_t`` for what may be left to do."""
     cdef walk_t walked
     cdef host_leaf_t host
@@ -317,7 +325,8 @@ cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t
             drop_leaf(vm, slot)
 
 
-cdef install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t block, combined_t *leaf, fault_t *out) noexcept nogil:
+cdef install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t block, combined_t *leaf,
+                         fault_t *out) noexcept nogil:
     """Install into an invalid slot. It is locked while the links are set, so that a hit always finds its head."""
     cdef uint64_t seen = 0
     cdef uint32_t head
@@ -340,8 +349,8 @@ cdef install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t block, 
     return INSTALL_DONE
 
 
-cdef bint relax_leaf(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t desc, uint64_t ipa, uint64_t block, combined_t *leaf,
-                     bint may_keep_write, bint exclusive, fault_t *out) noexcept nogil:
+cdef bint relax_leaf(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t desc, uint64_t ipa, uint64_t block,
+                     combined_t *leaf, bint may_keep_write, bint exclusive, fault_t *out) noexcept nogil:
     """Add permissions to a live leaf that maps the same block in the same way; False if it must be replaced."""
     cdef uint64_t permissions = <uint64_t>0xC0 | DESC_XN
     cdef uint64_t known = 0, desired = leaf.desc

@@ -54,5 +54,6 @@ class Features:
             if granule not in GRANULES:
                 raise ValueError(f"granules must be among {GRANULES}, got {granule!r}")
             if granule < self.host_granule:
-                raise ValueError(f"granule {granule} is below host_granule {self.host_granule} and cannot be advertised")
+                raise ValueError(f"granule {granule} is below host_granule {self.host_granule}: "
+                                 "it cannot be advertised")
         object.__setattr__(self, "granules", granules)

@@ -21,7 +21,8 @@ cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const ho
 cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil
 cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, change_t *change) noexcept nogil
 cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, change_t *change) noexcept nogil
-cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64_t origin, uint8_t *bitmap) noexcept nogil
+cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64_t origin,
+                         uint8_t *bitmap) noexcept nogil
 cdef void host_age(vm_t *vm, uint64_t start, uint64_t end, bint clear, uint8_t *bitmap) noexcept nogil
 cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexcept nogil
 cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size, const host_attrs_t *attrs) noexcept nogil

@@ -4,24 +4,21 @@ Long removals work in chunks: their range is registered, faults in it answer RET
 chunks. What changes one host leaf at a time is whole at every moment and needs no registration.
 """
 
-from libc.string cimport memset
 
 from s2shadow.arch cimport (
-    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_VALID, DESC_XN, FINAL_LEVEL,
-    OA_48, PERM_ALL, level_span, perm_to_s2ap_xn, s2ap_xn_to_perm,
+    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL,
+    OA_48, PERM_ALL, level_span, s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport fetch_or64, load64, store64
 from s2shadow.combine cimport leaf_desc
-from s2shadow.dirty cimport clear_dirty, dirty_any_logged, dirty_next, dirty_set_range, is_logged, mark_dirty
+from s2shadow.dirty cimport clear_dirty, dirty_any_logged, dirty_next, dirty_set_range, mark_dirty
 from s2shadow.leaf cimport (
     OP_AGE, OP_DROP, OP_NARROW, drop_everything, evict, mark_young, visit_canonical, visit_context, visit_init, visit_t,
 )
 from s2shadow.memory cimport region_t
 from s2shadow.owed cimport owed_begin, owed_end
-from s2shadow.rmap cimport rmap_is_empty
 from s2shadow.table cimport (
-    arena_has_room, is_table, leaf_added, leaf_removed, next_leaf, page_of, split_block, table_ensure, table_find,
-    table_tidy,
+    arena_has_room, leaf_added, leaf_removed, next_leaf, split_block, table_ensure, table_find, table_tidy,
 )
 from s2shadow.vm cimport (
     ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, lock_exclusive, range_t, sched_yield,
@@ -333,7 +330,8 @@ cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const ho
     return True
 
 
-cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size, const host_attrs_t *attrs) noexcept nogil:
+cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size,
+                         const host_attrs_t *attrs) noexcept nogil:
     """Map one block on a host fault (exclusive side) where nothing may be mapped; False when a table cannot be had."""
     cdef int level = best_level(vm, block, pa, size, ~<uint64_t>0)
     note_change(vm, block, block + size)
@@ -396,7 +394,8 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
             return False
 
 
-cdef void drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t inside_start, uint64_t inside_end) noexcept nogil:
+cdef void drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t inside_start,
+                            uint64_t inside_end) noexcept nogil:
     """Drop shadow leaves over [start, end) that are larger than [inside_start, inside_end)."""
     cdef visit_t visit
     if not has_reverse_map(vm):
@@ -431,7 +430,8 @@ cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
     return True
 
 
-cdef void narrow_shadows(vm_t *vm, uint64_t start, uint64_t end, uint8_t keep, bint drop_sticking, change_t *change) noexcept nogil:
+cdef void narrow_shadows(vm_t *vm, uint64_t start, uint64_t end, uint8_t keep, bint drop_sticking,
+                         change_t *change) noexcept nogil:
     cdef visit_t visit
     if not has_reverse_map(vm):
         return                              # done for all contexts beforehand
@@ -455,8 +455,8 @@ cdef void narrow_everything(vm_t *vm, uint8_t keep) noexcept nogil:
             visit_context(vm, &vm.contexts[i], &visit)
 
 
-cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, uint64_t start, uint64_t end, uint8_t perm,
-                           change_t *change) noexcept nogil:
+cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, uint64_t start, uint64_t end,
+                           uint8_t perm, change_t *change) noexcept nogil:
     """Change one host leaf inside [start, end), split where it sticks out; where to go on."""
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t first = block if block > start else start
@@ -538,7 +538,8 @@ cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, cha
     finish(vm, change)
 
 
-cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64_t origin, uint8_t *bitmap) noexcept nogil:
+cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64_t origin,
+                         uint8_t *bitmap) noexcept nogil:
     """Report, clear and protect again, in one exclusive section: no write falls between."""
     cdef uint64_t page = <uint64_t>1 << vm.arena.granule_bits, at
     cdef uint32_t i, slot

@@ -6,7 +6,7 @@ from s2shadow.vm cimport context_t, vm_t
 
 ctypedef enum leaf_op_t:
     OP_DROP
-    OP_NARROW                   # keep only ``keep_perm``; drop leaves that stick out of [whole_start, whole_end) if asked
+    OP_NARROW                   # keep only ``keep_perm``; drop leaves that stick out of [whole_start, whole_end)
     OP_AGE                      # note and, if asked, clear the access flag
 
 # One visit of shadow leaves: by canonical range (``visit_canonical``) or by context (``visit_context``).

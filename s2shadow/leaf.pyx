@@ -2,7 +2,9 @@
 
 from libc.string cimport memset
 
-from s2shadow.arch cimport DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, level_shift, level_span, perm_to_s2ap_xn, s2ap_xn_to_perm
+from s2shadow.arch cimport (
+    DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, level_shift, level_span, perm_to_s2ap_xn, s2ap_xn_to_perm,
+)
 from s2shadow.atomics cimport load32, load64, store64
 from s2shadow.owed cimport owe_context, owe_leaf
 from s2shadow.rmap cimport (
@@ -300,10 +302,10 @@ cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:
 cdef bint evict_leaf_table(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil:
     """Empty one shadow table of pages, in turn; not the one that is about to be used."""
     cdef arena_t *arena = &vm.arena
-    cdef uint32_t looked, page
+    cdef uint32_t _looked, page
     cdef page_t *meta
     cdef visit_t visit
-    for looked in range(arena.next_page):
+    for _looked in range(arena.next_page):
         vm.evict_hand = vm.evict_hand + 1 if vm.evict_hand + 1 < arena.next_page else 1
         page = vm.evict_hand
         meta = &arena.pages[page]

@@ -6,7 +6,7 @@ that level. Levels that a context does not hold are skipped at its root.
 """
 
 from s2shadow.arch cimport LEVEL_STAGE2_OFF, level_shift, level_span
-from s2shadow.leaf cimport ALL_TAGS, OP_DROP, is_empty, visit_context, visit_init, visit_t
+from s2shadow.leaf cimport OP_DROP, is_empty, visit_context, visit_init, visit_t
 from s2shadow.owed cimport owe_context, owed_begin, owed_end
 from s2shadow.vm cimport DROP_CHUNK, context_t, lock_exclusive, sched_yield, unlock
 

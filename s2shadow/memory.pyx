@@ -63,7 +63,8 @@ cdef class _BufferBacking:
     def __cinit__(self, buffer, bint readonly):
         self.held = False
         try:
-            PyObject_GetBuffer(buffer, &self.view, PyBUF_C_CONTIGUOUS if readonly else PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
+            PyObject_GetBuffer(buffer, &self.view,
+                               PyBUF_C_CONTIGUOUS if readonly else PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
         except (BufferError, ValueError, TypeError) as error:
             if isinstance(error, TypeError):
                 raise TypeError(f"buffer must support the buffer protocol, got {type(buffer).__name__}") from None

@@ -48,7 +48,8 @@ cdef void collapse(owed_t *owed) noexcept nogil:
             put(owed, seq, TLBI_VMALLS12, context, 0, 0, LEVEL_ANY)
 
 
-cdef void put(owed_t *owed, uint64_t seq, int op, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
+cdef void put(owed_t *owed, uint64_t seq, int op, uint32_t context, uint64_t start, uint64_t end,
+              int level) noexcept nogil:
     cdef hw_tlbi_t *row = owed.rows + owed.count
     owed.count += 1
     memset(row, 0, sizeof(hw_tlbi_t))

@@ -77,9 +77,9 @@ cdef inline uint32_t known_head(const rmap_t *rmap, uint32_t prev) noexcept nogi
 
 cdef inline bint leaf_cipa(const rmap_t *rmap, uint32_t slot, uint64_t *cipa) noexcept nogil:
     """cIPA of a leaf's block; False if neither head nor marker was reached: ``rmap_mark`` helps."""
-    cdef int steps
+    cdef int _step
     cdef uint32_t head
-    for steps in range(CHAIN_LIMIT):
+    for _step in range(CHAIN_LIMIT):
         slot = load32(link_prev(rmap.arena, slot))
         head = known_head(rmap, slot)
         if head:

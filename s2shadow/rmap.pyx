@@ -2,8 +2,8 @@
 
 from libc.string cimport memset
 
-from s2shadow.arch cimport FINAL_LEVEL, level_shift, level_span
-from s2shadow.atomics cimport cas32, fetch_add32, fetch_add64, load32, store32
+from s2shadow.arch cimport FINAL_LEVEL, level_shift
+from s2shadow.atomics cimport cas32, fetch_add32, load32, store32
 from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
@@ -120,7 +120,7 @@ cdef uint32_t add_child(rmap_t *rmap, uint32_t name, uint64_t cipa) noexcept nog
 
 
 cdef uint32_t rmap_ensure(rmap_t *rmap, uint64_t cipa, int level) noexcept nogil:
-    """Name of the head for the block of ``level``'s size around ``cipa``, nodes made on the way; 0 if none can be had."""
+    """Name of the head for the block of ``level``'s size around ``cipa``, made on the way; 0 if there is no room."""
     cdef uint32_t node = rmap.root, name = entry_name(rmap, node, cipa)
     while rmap.nodes[node].level < level:
         node = load32(rmap.children + name)

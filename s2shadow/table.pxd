@@ -83,7 +83,8 @@ cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil
 cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil
 cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil
 cdef void drop_page_whole(arena_t *arena, uint32_t page) noexcept nogil
-cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end, int *level) noexcept nogil
+cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end,
+                        int *level) noexcept nogil
 
 
 cdef inline uint32_t page_of(const arena_t *arena, uint32_t slot) noexcept nogil:

@@ -2,7 +2,7 @@
 
 from libc.string cimport memset
 
-from s2shadow.arch cimport DESC_TABLE, DESC_TAG_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span
+from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, level_shift, level_span
 from s2shadow.atomics cimport cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
 from s2shadow.vmem cimport release, reserve
 
@@ -118,7 +118,7 @@ cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
 
 
 cdef uint32_t reserve_root(arena_t *arena) noexcept nogil:
-    """The first of ROOT_PAGES aligned pages, or 0. Roots stay for the life of the arena; one that is empty is free of charge."""
+    """The first of ROOT_PAGES aligned pages, or 0. Roots stay for the life of the arena; an empty one costs nothing."""
     cdef uint32_t root = arena.next_page
     if root + ROOT_PAGES > arena.page_limit:
         return 0
@@ -326,7 +326,8 @@ cdef void drop_page_whole(arena_t *arena, uint32_t page) noexcept nogil:
     entry_removed(arena, page_of(arena, parent))
 
 
-cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end, int *level) noexcept nogil:
+cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end,
+                        int *level) noexcept nogil:
     """First leaf whose block reaches beyond ``ipa`` and starts below ``end``, or 0; ``ipa`` becomes its start."""
     cdef uint32_t slot
     cdef uint64_t span

@@ -37,7 +37,8 @@ def _operations():
     for crn, nxs in ((8, ""), (9, "nXS")):
 
         def op(name, op1, crm, op2, kind, suffix, feature, operand, crn=crn, nxs=nxs):
-            return Operation(name + suffix + nxs, op1, crn, crm, op2, kind, _SHAREABILITY[suffix], feature, bool(nxs), operand)
+            return Operation(name + suffix + nxs, op1, crn, crm, op2, kind, _SHAREABILITY[suffix], feature, bool(nxs),
+                             operand)
 
         for suffix, crm in plain.items():
             feature = "OS" if suffix == "OS" else ""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
@@ -14,9 +14,7 @@ from s2shadow.arch cimport (
 )
 from s2shadow.arguments cimport as_u64
 from s2shadow.config cimport Stage2Config, fault_text
-from s2shadow.memory cimport (
-    CAS_DONE, CAS_LOST, CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc,
-)
+from s2shadow.memory cimport CAS_DONE, CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
 from s2shadow.constants import Access, perm_text, size_text
 
 WALK_DTYPE = np.dtype([("status", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("memattr", "u1"),
@@ -68,7 +66,8 @@ cdef inline bint is_leaf_or_fault(const s2_config_t *config, uint64_t desc, int 
     return not leaf[0] or is_block_level(config.granule_bits, level, config.ds, config.lpa)
 
 
-cdef inline uint64_t leaf_output(const s2_config_t *config, uint64_t desc, uint64_t ipa, int level, int shift) noexcept nogil:
+cdef inline uint64_t leaf_output(const s2_config_t *config, uint64_t desc, uint64_t ipa, int level,
+                                 int shift) noexcept nogil:
     """Output address; the bits of a contiguous group's size come from the IPA (StageOA).
 
     A group that would exceed the input size is IMPLEMENTATION DEFINED: the bit is ignored.
@@ -273,7 +272,8 @@ def walk(GuestMemory mem not None, Stage2Config cfg not None, ipa, access=Access
     return result
 
 
-def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=Access.READ, bint update=True, out=None):
+def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=Access.READ, bint update=True,
+              out=None):
     """Translate many addresses: uint64[n] -> ``WALK_DTYPE``[n]; the GIL is released.
 
     ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE``[n] to write into.

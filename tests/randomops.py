@@ -1,6 +1,6 @@
 """A seeded stream of operations on a lockstep.Pair: what L2, L1 and the host do, in proportions that keep shadows full."""
 
-from lockstep import ALIASES, DATA, DATA_PAGES, PAGE, SLOTS
+from lockstep import ALIASES, DATA, DATA_PAGES, SLOTS
 
 PERMS = ("r", "rw", "rx", "rwx", "rwx", "rwx", "w", "rp", "ru", "")
 HOST_PERMS = ("rwx", "rwx", "rwx", "rw", "rx", "r")
@@ -18,7 +18,7 @@ def fault(rng, pair):
 
 
 def fault_canonical(rng, pair):
-    pair.fault(rng.randrange(2), DATA + rng.randrange(DATA_PAGES) * PAGE, rng.choice(ACCESSES))
+    pair.fault(rng.randrange(2), DATA + rng.randrange(DATA_PAGES) * pair.page, rng.choice(ACCESSES))
 
 
 def batch(rng, pair):
@@ -120,9 +120,20 @@ WEIGHTS = {
 }
 
 
-def run(rng, pair, count, after=None):
-    """count operations; after(n) is called after each."""
-    operations, weights = list(WEIGHTS), list(WEIGHTS.values())
+QUIET = {**WEIGHTS, l1_map: 4, l1_map_run: 12, l1_unmap: 1, tlbi: 1, tlbi_ipa: 10}  # L1 seldom edits its tables
+
+
+def prefill(rng, pair):
+    """L1 maps the pages that are touched most, in both of its tables."""
+    for table in (0, 1):
+        for slot in range(SLOTS):
+            for offset in range(12):
+                pair.l1_map(table, pair.ipa(slot, offset), 3, rng.randrange(DATA_PAGES - 8), rng.choice(PERMS))
+
+
+def run(rng, pair, count, after=None, mix=WEIGHTS):
+    """count operations; after(n, name) is called after each."""
+    operations, weights = list(mix), list(mix.values())
     for n in range(count):
         operation = rng.choices(operations, weights)[0]
         operation(rng, pair)

@@ -2,82 +2,114 @@
 
 import os
 import random
+from collections import Counter
 
-import lockstep
 import pytest
 import randomops
-from lockstep import DATA, PAGE, M
+from lockstep import DATA, DATA_PAGES, GRANULES, K, Loose, M, Pair
 
-COUNT = 1_000_000 if os.environ.get("S2SHADOW_LONG") == "1" else 50_000
+LONG = 20 if os.environ.get("S2SHADOW_LONG") == "1" else 1
 CHECK_EVERY = 10_000
 COMPARE_EVERY = 250
+MACHINES = [{"granules": granules, "populate": populate} for granules in GRANULES for populate in (None, 2 * M)]
 
 
-def scan(vm):
-    """{page: sorted (context, ipa, size) of every leaf over it} from all shadows, page by page."""
-    found = {}
+def scan(vm, page_size):
+    """{page: (context, ipa, size) of every leaf over it} from all shadows, page by page; and the largest leaves."""
+    found, large = {}, []
     for ctx in vm.contexts:
         for ipa, cipa, size in vm.shadow(ctx.index)[["ipa", "cipa", "size"]].tolist():
-            if size <= 2 * M:
-                for page in range(cipa, cipa + size, PAGE):
-                    found.setdefault(page, []).append((ctx.index, ipa, size))
-    return found
+            if size > 2 * M:
+                large.append((cipa, ctx.index, ipa, size))
+                continue
+            for page in range(cipa, cipa + size, page_size):
+                found.setdefault(page, []).append((ctx.index, ipa, size))
+    return found, large
 
 
-def larger(vm, page):
-    """Leaves above 2 MiB over a page."""
-    return [
-        (ctx.index, ipa, size)
-        for ctx in vm.contexts
-        for ipa, cipa, size in vm.shadow(ctx.index)[["ipa", "cipa", "size"]].tolist()
-        if size > 2 * M and cipa <= page < cipa + size
-    ]
-
-
-def compare_reverse(vm, rng):
+def compare_reverse(pair, rng):
     """vm.reverse of many pages is what the scan finds."""
-    found = scan(vm)
-    for page in rng.sample(sorted(found), min(100, len(found))) + [DATA + rng.randrange(2048) * PAGE for _ in range(20)]:
-        rows = vm.reverse(page)[["context", "ipa", "size"]].tolist()
-        assert sorted(rows) == sorted(found.get(page, []) + larger(vm, page))
+    found, large = scan(pair.vm, pair.page)
+    pages = rng.sample(sorted(found), min(100, len(found)))
+    pages += [DATA + rng.randrange(DATA_PAGES) * pair.page for _ in range(20)]
+    for page in pages:
+        over = [(index, ipa, size) for cipa, index, ipa, size in large if cipa <= page < cipa + size]
+        rows = pair.vm.reverse(page)[["context", "ipa", "size"]].tolist()
+        assert sorted(rows) == sorted(found.get(page, []) + over)
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_run(seed):
-    """Answers equal at every step, all state at intervals, vm.check() every 10^4; in the end nothing is left over."""
-    rng = random.Random(seed)
-    pair = lockstep.Pair(vcpus=2, contexts=4)
-    counts = {}
+def observer(pair, rng, done):
+    """What is compared after each operation: answers were already."""
 
     def after(n, name):
-        counts[name] = counts.get(name, 0) + 1
+        done[name] += 1
+        if sum(done.values()) % CHECK_EVERY == 0:
+            pair.vm.check()
         if n % COMPARE_EVERY == 0:
             pair.check_shadows()
             pair.check_host()
             pair.check_owed()
-        if n % 2_000 == 0:
+        if n % (8 * COMPARE_EVERY) == 0:
             pair.check_tables()
-            compare_reverse(pair.vm, rng)
-        if n % CHECK_EVERY == 0:
-            pair.vm.check()
+            compare_reverse(pair, rng)
 
-    live = []
-    for granules in lockstep.GRANULES:
-        pair = lockstep.Pair(granules, vcpus=2, contexts=4, populate=2 * M if granules[0] != granules[1] else None)
-        randomops.run(rng, pair, COUNT // len(lockstep.GRANULES), after)
-        live.append(pair.vm.stats.live)
-        end_empty(pair, granules)
-    assert set(counts) == {f.__name__ for f in randomops.WEIGHTS}
-    assert min(live) > 0
+    return after
 
 
-def end_empty(pair, granules):
+def test_run():
+    """50,000 operations (10^6 in the long run): answers equal at every step, all state at intervals, check() every
+    10^4; in the end nothing is left over."""
+    rng, done, live = random.Random(1), Counter(), 0
+    for options in MACHINES:
+        pair = Pair(vcpus=2, contexts=4, **options)
+        randomops.run(rng, pair, 50_000 * LONG // len(MACHINES), observer(pair, rng, done))
+        live += pair.vm.stats.live
+        end_empty(pair, options)
+    assert sum(done.values()) == 50_000 * LONG
+    assert set(done) == {operation.__name__ for operation in randomops.WEIGHTS}
+    assert live > 0
+
+
+@pytest.mark.parametrize("host_granule", [16 * K, 64 * K])
+def test_host_granules(host_granule):
+    """The same on hosts with 16K and 64K pages."""
+    rng, done = random.Random(host_granule), Counter()
+    options = {"granules": (host_granule, 64 * K), "host_granule": host_granule}
+    pair = Pair(vcpus=2, contexts=4, **options)
+    randomops.run(rng, pair, 3_000 * LONG, observer(pair, rng, done))
+    end_empty(pair, options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"teardown": "blow-away"}, {"teardown": "blow-away-lean"}, {"max_table_bytes": 480 * K}],
+    ids=lambda o: str(*o.values()),
+)
+def test_policies(options):
+    """Policies that drop more than they must, and a tight memory: the same answers, host table and dirty pages."""
+    rng = random.Random(2)
+    pair = Loose(vcpus=2, contexts=4, **options)
+
+    def after(n, name):
+        if n % 100 == 0:
+            pair.check()
+        if "max_table_bytes" in options:
+            assert pair.vm.stats.memory_bytes <= options["max_table_bytes"]
+
+    randomops.prefill(rng, pair)
+    randomops.run(rng, pair, 10_000 * LONG, after, randomops.QUIET)
+    pair.check()
+    if "max_table_bytes" in options:
+        assert pair.vm.stats.evictions > 0
+
+
+def end_empty(pair, options):
     """Everything unmapped: the bytes of a fresh engine."""
     pair.check()
-    pair.log_dirty(0, lockstep.DATA_PAGES, on=False)
+    pair.log_dirty(0, DATA_PAGES, on=False)
     pair.unmap_all()
     pair.vm.check()
-    fresh = lockstep.Pair(granules, vcpus=2, contexts=4)
+    fresh = Pair(vcpus=2, contexts=4, **options)
     fresh.unmap_all()
     got, want = pair.vm.stats, fresh.vm.stats
     for name in ("live", "host_leaves", "table_bytes", "link_bytes", "rmap_bytes", "memory_bytes"):

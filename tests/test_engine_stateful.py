@@ -52,7 +52,7 @@ class Lockstep(RuleBasedStateMachine):
     @rule(n=vcpu, page=PAGES, access=ACCESS)
     def fault_canonical(self, n, page, access):
         """An address that means something with stage 2 off."""
-        self.pair.fault(n, lockstep.DATA + page * 4096, access)
+        self.pair.fault(n, lockstep.DATA + page * self.pair.page, access)
 
     @rule(n=vcpu, slots=st.lists(st.integers(0, SLOTS * 8 - 1), max_size=20), access=ACCESS)
     def batch(self, n, slots, access):
@@ -119,4 +119,4 @@ class Lockstep(RuleBasedStateMachine):
 
 
 TestLockstep = Lockstep.TestCase
-TestLockstep.settings = settings(max_examples=1000 if LONG else 60, stateful_step_count=50, deadline=None)
+TestLockstep.settings = settings(max_examples=1000 if LONG else 100, stateful_step_count=50, deadline=None)
