@@ -24,8 +24,8 @@ from s2shadow.table cimport (
     table_tidy,
 )
 from s2shadow.vm cimport (
-    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, lock_exclusive, range_t, sched_yield,
-    unlock, vm_t,
+    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, kernel_steps_per_context,
+    lock_exclusive, range_t, sched_yield, unlock, vm_t,
 )
 
 cdef enum:
@@ -110,12 +110,10 @@ cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, bint chunked, cha
 
 
 cdef void count_kernel_steps(vm_t *vm) noexcept nogil:
-    """Linux walks every valid context's input space in steps of its largest block (stage2_apply_range)."""
-    cdef int step_bits = 30 if vm.arena.granule_bits == 12 else 25 if vm.arena.granule_bits == 14 else 29
     cdef uint32_t i
     for i in range(vm.context_count):
         if vm.contexts[i].valid:
-            vm.kernel_steps += <uint64_t>1 << (vm.features.pa_bits - step_bits)
+            vm.kernel_steps += kernel_steps_per_context(vm)
 
 
 cdef void forget_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
