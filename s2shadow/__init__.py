@@ -12,6 +12,7 @@ from s2shadow.engine import (
     HW_TLBI_DTYPE,
     REVERSE_DTYPE,
     SHADOW_DTYPE,
+    TLBI_OP_DTYPE,
     VCPU,
     Context,
     Fault,
@@ -20,12 +21,13 @@ from s2shadow.engine import (
     InvariantError,
     NestedVM,
     Stats,
+    TlbiCounters,
     TlbiResult,
 )
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear
 from s2shadow.memory import GuestMemory, Region
-from s2shadow.tlbi import UndefinedInstruction
+from s2shadow.tlbi import Tlbi, UndefinedInstruction, decode_tlbi
 from s2shadow.walker import LEAF_DTYPE, WALK_DTYPE, Walk, leaves, walk, walk_many
 
 __version__ = _version("s2shadow")
@@ -38,6 +40,7 @@ __all__ = [
     "LEAF_DTYPE",
     "REVERSE_DTYPE",
     "SHADOW_DTYPE",
+    "TLBI_OP_DTYPE",
     "VCPU",
     "WALK_DTYPE",
     "Combined",
@@ -54,10 +57,13 @@ __all__ = [
     "Region",
     "Stage2Config",
     "Stats",
+    "Tlbi",
+    "TlbiCounters",
     "TlbiResult",
     "UndefinedInstruction",
     "Walk",
     "combine",
+    "decode_tlbi",
     "leaves",
     "walk",
     "walk_many",

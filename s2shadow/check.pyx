@@ -4,7 +4,8 @@ but for finding the one leaf that an address leads to."""
 from libc.stdint cimport uint8_t, uint16_t
 
 from s2shadow.arch cimport (
-    ACCESS_WRITE, DESC_S2AP_W, DESC_VALID, FINAL_LEVEL, OA_48, level_shift, level_span, s2ap_xn_to_perm,
+    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_TABLE,
+    DESC_TAG, DESC_VALID, DESC_XN, FINAL_LEVEL, OA_48, level_shift, level_span, s2ap_xn_to_perm,
 )
 from s2shadow.context cimport same_key
 from s2shadow.dirty cimport is_logged
@@ -37,6 +38,7 @@ RULES = (
     "the bytes of links do not add up",
     "the bytes of the reverse map do not add up",
     "a slot was left locked",
+    "a leaf has bits that the engine never writes",
 )
 
 cdef enum:
@@ -62,6 +64,7 @@ cdef enum:
     R_LINK_BYTES
     R_RMAP_BYTES
     R_LOCKED
+    R_STRAY
 
 # What the scan adds up.
 cdef struct totals_t:
@@ -119,6 +122,26 @@ cdef bint is_marked(const vm_t *vm, uint64_t cipa) noexcept nogil:
     return vm.dirty.dirty[page >> 6] >> (page & 63) & 1
 
 
+cdef uint64_t written_bits(const vm_t *vm, int level, bint canonical) noexcept nogil:
+    """The bits of a leaf that the engine may set: type, attributes, output address, software tag."""
+    cdef uint64_t span = level_span(vm.arena.granule_bits, level)
+    cdef uint64_t allowed = DESC_VALID | DESC_AF | DESC_XN | (<uint64_t>0xF << DESC_MEMATTR_SHIFT)
+    allowed |= <uint64_t>3 << DESC_S2AP_SHIFT | <uint64_t>3 << DESC_SH_SHIFT
+    allowed |= DESC_HOST_W if canonical else DESC_TAG
+    if level == FINAL_LEVEL:
+        allowed |= DESC_TABLE
+    return allowed | (OA_48 & ~(span - 1))
+
+
+cdef bint check_bits(const vm_t *vm, uint32_t slot, uint64_t desc, int level, bint canonical,
+                     finding_t *finding) noexcept nogil:
+    """Another walker must read a leaf as we mean it."""
+    cdef uint64_t allowed = written_bits(vm, level, canonical)
+    if desc & ~allowed or (level == FINAL_LEVEL and not desc & DESC_TABLE):
+        return found(finding, R_STRAY, slot, desc, desc & allowed)
+    return True
+
+
 cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t page, uint32_t parent, int level,
                      uint64_t ipa, totals_t *totals, finding_t *finding) noexcept nogil:
     """One table page and all below it."""
@@ -151,6 +174,8 @@ cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t 
                 holds[tag] += below.holds[tag] != 0
             continue
         holds[read_tag(desc) % GUEST_LEVELS] += 1
+        if not check_bits(vm, slot, desc, level, table.context == CANONICAL, finding):
+            return False
         if table.context != CANONICAL:
             totals.leaves += 1
             if not check_leaf(vm, view, slot, desc, level, finding):

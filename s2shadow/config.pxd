@@ -15,6 +15,10 @@ ctypedef struct features_t:
     uint8_t bbm
     uint8_t s2pie
     uint8_t host_granule_bits
+    uint8_t ttl
+    uint8_t range
+    uint8_t tlbios
+    uint8_t xs
 
 ctypedef struct s2_config_t:
     uint64_t base               # of the start table, aligned to its size

@@ -31,6 +31,10 @@ cdef int fill_features(object features, features_t *out) except -1:
     out.ttst = features.ttst
     out.bbm = features.bbm
     out.s2pie = features.s2pie
+    out.ttl = features.ttl
+    out.range = features.range
+    out.tlbios = features.tlbios
+    out.xs = features.xs
     out.host_granule_bits = features.host_granule.bit_length() - 1
     return 0
 

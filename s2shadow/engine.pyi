@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -21,9 +21,15 @@ _Populate: TypeAlias = Linear | Callable[[int, Access], HostMapping | None] | Li
 
 class InvariantError(AssertionError): ...
 
-class Invalidation(NamedTuple):
-    leaves: int
-    ticket: int
+class Invalidation:
+    @property
+    def leaves(self) -> int: ...
+    @property
+    def ticket(self) -> int: ...
+    def __init__(self, leaves: int, ticket: int) -> None: ...
+    def __iter__(self) -> Iterator[int]: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
 
 class TlbiResult(NamedTuple):
     name: str

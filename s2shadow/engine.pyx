@@ -6,7 +6,7 @@ from collections import namedtuple
 import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
-from libc.stdint cimport int8_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -17,7 +17,7 @@ from s2shadow.arch cimport (
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport cas32, load64, store32
 from s2shadow.check cimport check_vm, finding_t
-from s2shadow.config cimport decode_config, decode_vmid, fill_features, s2_config_t
+from s2shadow.config cimport decode_config, fill_features, s2_config_t
 from s2shadow.context cimport context_acquire, context_entries, context_release, context_table_bytes
 from s2shadow.dirty cimport dirty_destroy, dirty_reserve
 from s2shadow.fault cimport STEP_DONE, fault_run, step_t, translate_run
@@ -26,7 +26,7 @@ from s2shadow.host cimport (
     populate_block,
 )
 from s2shadow.leaf cimport find_cipa
-from s2shadow.maintenance cimport SCOPE_ALL, SCOPE_IPA, SCOPE_VMID, apply_maintenance, maintenance_t
+from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_destroy, owed_init, owed_take
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
@@ -34,6 +34,7 @@ from s2shadow.table cimport (
     CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, is_table, next_leaf, page_of, page_t,
     reserve_root, slot_ipa, table_find, table_init, table_t,
 )
+from s2shadow.tlbi cimport TLBI_OK, tlbi_decode, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t, tlbi_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, lock_exclusive, lock_shared, range_t,
@@ -45,7 +46,7 @@ from s2shadow.config import Stage2Config
 from s2shadow.constants import HCR_FWB, HCR_VM, Access, Kind, perm_text, size_text
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear, memattr_code, perm_mask
-from s2shadow.tlbi import find_operation, has_level_hint, ipa_operand
+from s2shadow.tlbi import UndefinedInstruction, operation_name
 from s2shadow.walker import as_access, as_addresses, as_masks, as_output, leaves as table_leaves
 
 FAULT_DTYPE = np.dtype([("kind", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("context", "u2"),
@@ -56,8 +57,20 @@ SHADOW_DTYPE = np.dtype([("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "
 REVERSE_DTYPE = np.dtype([("ipa", "u8"), ("size", "u8"), ("context", "u2")], align=True)
 HOST_LEAF_DTYPE = np.dtype([("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("perm", "u1"), ("memattr", "u1")],
                            align=True)
+TLBI_OP_DTYPE = np.dtype([("vcpu", "u2"), ("flags", "u2"), ("insn", "u4"), ("xt", "u8"), ("vttbr", "u8"),
+                          ("vtcr", "u8"), ("hcr", "u8")], align=True)
 HW_TLBI_DTYPE = np.dtype([("seq", "u8"), ("op", "u1"), ("host_vmid", "u2"), ("start", "u8"), ("end", "u8"),
                           ("level", "i1"), ("asid", "u2"), ("last_level", "u1")], align=True)
+
+# The layout of TLBI_OP_DTYPE.
+ctypedef struct tlbi_request_t:
+    uint16_t vcpu
+    uint16_t flags              # bit 0: the three registers count, else those last loaded
+    uint32_t insn
+    uint64_t xt
+    uint64_t vttbr
+    uint64_t vtcr
+    uint64_t hcr
 
 ctypedef struct shadow_t:
     uint64_t ipa
@@ -73,12 +86,13 @@ ctypedef struct shadow_t:
     int8_t guest_level
 
 assert FAULT_DTYPE.itemsize == sizeof(fault_t) and HW_TLBI_DTYPE.itemsize == sizeof(hw_tlbi_t)
-assert SHADOW_DTYPE.itemsize == sizeof(shadow_t)
+assert SHADOW_DTYPE.itemsize == sizeof(shadow_t) and TLBI_OP_DTYPE.itemsize == sizeof(tlbi_request_t)
 
 cdef enum:
     SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
     POPULATE_TRIES = 16                 # a populate that undoes itself ends in RETRY
 
+TLBI_CLASSES = ("IPA", "RANGE", "VMALLS12", "ALL", "STAGE1")     # in the order of tlbi_class_t
 ARENA_BYTES = 1 << 34                 # 2^31 slots of 8 bytes
 TEARDOWNS = {"reverse-map": TEARDOWN_REVERSE_MAP, "blow-away": TEARDOWN_BLOW_AWAY,
              "blow-away-lean": TEARDOWN_BLOW_AWAY_LEAN}
@@ -147,9 +161,18 @@ class Context:
         return f"Context(index={self.index}, vmid={self.vmid}, enabled={self.enabled}, entries={self.entries})"
 
 
+class TlbiCounters(namedtuple("TlbiCounters", "operations contexts removed required")):
+    """Of one class of TLBI: how many there were, contexts that they named, leaves removed, leaves that had to go."""
+
+    __slots__ = ()
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
-    """Counters of a ``NestedVM`` since it was made, and what it holds now (``live``, ``host_leaves``, ``*_bytes``)."""
+    """Counters of a ``NestedVM`` since it was made, and what it holds now (``live``, ``host_leaves``, ``*_bytes``).
+
+    ``tlbis`` has ``TlbiCounters`` by class of operation: IPA, RANGE, VMALLS12, ALL, STAGE1.
+    """
 
     faults: int
     hits: int
@@ -174,6 +197,7 @@ class Stats:
     link_bytes: int
     rmap_bytes: int
     memory_bytes: int
+    tlbis: dict
 
     @property
     def reverse_map_bytes_per_entry(self):
@@ -634,7 +658,48 @@ cdef class _Engine:
             contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
             table_bytes=self.vm.arena.table_bytes, link_bytes=self.vm.arena.link_bytes,
             rmap_bytes=self.vm.arena.rmap_bytes,
-            memory_bytes=self.vm.arena.table_bytes + self.vm.arena.link_bytes + self.vm.arena.rmap_bytes)
+            memory_bytes=self.vm.arena.table_bytes + self.vm.arena.link_bytes + self.vm.arena.rmap_bytes,
+            tlbis={name: TlbiCounters(self.vm.tlbi_operations[i], self.vm.tlbi_contexts[i], self.vm.tlbi_removed[i],
+                                      self.vm.tlbi_required[i]) for i, name in enumerate(TLBI_CLASSES)})
+
+    def tlbi_many(self, ops):
+        cdef tlbi_op_t found
+        cdef tlbi_t decoded
+        cdef tlbi_regs_t regs
+        cdef tlbi_result_t result
+        cdef uint8_t[::1] raw
+        cdef uint64_t[::1] removed
+        cdef tlbi_request_t *rows
+        cdef vcpu_t *vcpu
+        cdef Py_ssize_t n, i
+        if not isinstance(ops, np.ndarray) or ops.dtype != TLBI_OP_DTYPE or ops.ndim != 1:
+            raise TypeError(f"ops must be a one-dimensional array of {TLBI_OP_DTYPE}")
+        n = len(ops)
+        out = np.zeros(n, dtype=np.uint64)
+        if n == 0:
+            return out
+        raw = np.ascontiguousarray(ops).view(np.uint8)
+        rows = <tlbi_request_t *>&raw[0]
+        removed = out
+        for i in range(n):                  # nothing is applied unless everything can be
+            if rows[i].vcpu >= self.vm.vcpu_count:
+                raise ValueError(f"ops[{i}]: no vCPU {rows[i].vcpu}")
+            if tlbi_lookup_word(rows[i].insn, &self.vm.features, &found) != TLBI_OK:
+                try:
+                    tlbi_encoding(rows[i].insn, &self.vm.features)
+                except UndefinedInstruction as error:
+                    raise UndefinedInstruction(f"ops[{i}]: {error}") from None
+        with nogil:
+            for i in range(n):
+                vcpu = &self.vm.vcpus[rows[i].vcpu]
+                regs.vttbr = rows[i].vttbr if rows[i].flags & 1 else vcpu.vttbr
+                regs.vtcr = rows[i].vtcr if rows[i].flags & 1 else vcpu.vtcr
+                regs.hcr = rows[i].hcr if rows[i].flags & 1 else vcpu.hcr
+                tlbi_lookup_word(rows[i].insn, &self.vm.features, &found)
+                tlbi_decode(&found, rows[i].xt, &self.vm.features, regs.vtcr, self.vm.tlbi_kvm72, &decoded)
+                apply_tlbi(&self.vm, &decoded, &regs, &result)
+                removed[i] = result.removed
+        return out
 
     def check(self):
         cdef finding_t finding
@@ -965,38 +1030,27 @@ cdef class VCPU:
         """L1 issued a TLBI -> ``TlbiResult(name, removed, required, contexts)``.
 
         ``op`` is a name, (op1, CRn, CRm, op2) or a 32-bit SYS word. The registers are those that were in force when
-        L1 issued it; None stands for what this vCPU loaded last. No context is acquired. Applied here: ALLE1*,
-        VMALLS12E1*, and IPAS2E1*/IPAS2LE1* without a TTL, by the exact extent rule. ``UndefinedInstruction`` for
-        what the features lack, ``ValueError`` for operations that are not applied.
+        L1 issued it; None stands for what this vCPU loaded last. No context is acquired. Stage-1 operations remove
+        no leaf; what they ask of the hardware is owed (``take_tlbis``). ``UndefinedInstruction`` for what does not
+        exist or what the features lack.
         """
-        cdef maintenance_t operation
+        cdef vm_t *vm = &self.engine.vm
+        cdef tlbi_op_t found
+        cdef tlbi_t decoded
+        cdef tlbi_regs_t regs
+        cdef tlbi_result_t result
         cdef uint64_t operand = as_u64(xt, "xt")
-        cdef uint64_t base = self.c.vttbr if vttbr is None else as_u64(vttbr, "vttbr")
-        cdef uint64_t control = self.c.vtcr if vtcr is None else as_u64(vtcr, "vtcr")
-        if hcr is not None:
-            as_u64(hcr, "hcr")
-        found = find_operation(op, self.engine.features)
-        memset(&operation, 0, sizeof(operation))
-        operation.vmid = decode_vmid(&self.engine.vm.features, base, control)
-        if found.kind == "ALL":
-            operation.scope = SCOPE_ALL
-        elif found.kind == "VMALLS12":
-            operation.scope = SCOPE_VMID
-        elif found.kind == "IPA" and not (self.engine.features.ttl and has_level_hint(operand)):
-            operation.scope = SCOPE_IPA
-            operation.start = ipa_operand(operand, self.engine.features.pa_bits)
-            operation.end = operation.start + 1
-            operation.levels = 0x3E             # levels -1 to 3
-        else:
-            hint = " with a TTL" if found.kind == "IPA" else ""
-            raise ValueError(f"TLBI {found.name}{hint} is not applied to shadows by this version")
+        regs.vttbr = self.c.vttbr if vttbr is None else as_u64(vttbr, "vttbr")
+        regs.vtcr = self.c.vtcr if vtcr is None else as_u64(vtcr, "vtcr")
+        regs.hcr = self.c.hcr if hcr is None else as_u64(hcr, "hcr")
+        encoding = tlbi_encoding(op, &vm.features)
+        tlbi_lookup(encoding[0], encoding[1], encoding[2], encoding[3], &vm.features, &found)
         self.enter()
-        try:
-            with nogil:
-                apply_maintenance(&self.engine.vm, &operation)
-        finally:
-            self.leave()
-        return TlbiResult(found.name, operation.removed, operation.removed, operation.visited)
+        with nogil:
+            tlbi_decode(&found, operand, &vm.features, regs.vtcr, vm.tlbi_kvm72, &decoded)
+            apply_tlbi(vm, &decoded, &regs, &result)
+        self.leave()
+        return TlbiResult(operation_name(*encoding), result.removed, result.required, result.contexts)
 
     def __repr__(self):
         return f"VCPU({self.index}, {'no context' if self.c.context == NO_CONTEXT else f'context {self.c.context}'})"
@@ -1008,6 +1062,7 @@ cdef class NestedVM:
     ``mem`` stays in use as long as the VM lives. ``contexts`` is the size of the pool (None: 2 per vCPU).
     ``teardown``: what a host change does to the shadows: ``"reverse-map"`` drops exactly the leaves that map the
     range, ``"blow-away"`` every leaf of every context as Linux 7.2, ``"blow-away-lean"`` whole tables.
+    ``tlbi``: ``"exact"`` removes what the architecture asks for, ``"kvm72"`` what Linux 7.2 removes.
     ``attributes``: ``"architectural"`` or ``"kvm72"`` (L1's memory attributes ignored). ``max_table_bytes`` bounds
     tables, links and heads: cold contexts and leaf tables are evicted. ``table_base`` is the simulated physical
     address of the tables. ``track_tlbis`` keeps the queue of owed TLB maintenance.
@@ -1033,14 +1088,15 @@ cdef class NestedVM:
         vcpus, contexts = check_counts(vcpus, contexts, features)
         if teardown not in TEARDOWNS:
             raise ValueError(f"teardown must be one of {', '.join(map(repr, TEARDOWNS))}, got {teardown!r}")
-        if tlbi != "exact":
-            raise ValueError(f"tlbi must be 'exact', got {tlbi!r}")
+        if tlbi not in ("exact", "kvm72"):
+            raise ValueError(f"tlbi must be 'exact' or 'kvm72', got {tlbi!r}")
         if attributes not in ("architectural", "kvm72"):
             raise ValueError(f"attributes must be 'architectural' or 'kvm72', got {attributes!r}")
         table_base = check_table_base(table_base, features)
         budget = table_budget(max_table_bytes, vcpus, contexts, features)
         self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWNS[teardown], attributes == "kvm72", budget,
                               table_base, track_tlbis)
+        self.engine.vm.tlbi_kvm72 = tlbi == "kvm72"
         self.mem = mem
         self.features = features
         self.teardown = teardown
@@ -1098,6 +1154,14 @@ cdef class NestedVM:
     def tables(self, index=None):
         """(addresses uint64[N], pages uint8[N, granule]) of a shadow, or of the canonical table for None."""
         return self.engine.tables(index)
+
+    def tlbi_many(self, ops):
+        """Apply TLBIs in order: ``TLBI_OP_DTYPE``[n] -> uint64[n] of leaves removed.
+
+        ``flags`` bit 0 says that the row's three registers count, else those that the vCPU loaded last. Raises
+        ``UndefinedInstruction`` or ``ValueError``, naming the row, before anything is applied.
+        """
+        return self.engine.tlbi_many(ops)
 
     def take_tlbis(self, limit=None):
         """Take the TLB maintenance that L0 owes its hardware, oldest first: ``HW_TLBI_DTYPE`` array."""

@@ -21,8 +21,8 @@ from s2shadow.table cimport (
     arena_has_room, leaf_added, leaf_removed, next_leaf, split_block, table_ensure, table_find, table_tidy,
 )
 from s2shadow.vm cimport (
-    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, lock_exclusive, range_t, sched_yield,
-    unlock, vm_t,
+    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, kernel_steps_per_context,
+    lock_exclusive, range_t, sched_yield, unlock, vm_t,
 )
 
 cdef enum:
@@ -107,12 +107,10 @@ cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, bint chunked, cha
 
 
 cdef void count_kernel_steps(vm_t *vm) noexcept nogil:
-    """Linux walks every valid context's input space in steps of its largest block (stage2_apply_range)."""
-    cdef int step_bits = 30 if vm.arena.granule_bits == 12 else 25 if vm.arena.granule_bits == 14 else 29
     cdef uint32_t i
     for i in range(vm.context_count):
         if vm.contexts[i].valid:
-            vm.kernel_steps += <uint64_t>1 << (vm.features.pa_bits - step_bits)
+            vm.kernel_steps += kernel_steps_per_context(vm)
 
 
 cdef void forget_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
@@ -375,8 +373,8 @@ cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexce
 
 
 cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
-    """Split the host block around ``cipa`` down to a page and drop the shadow blocks over it; False, with the block
-    dropped, when no table can be had (exclusive side)."""
+    """Split the host block around ``cipa`` down to a page and drop the shadow blocks over it (exclusive side). Shadows
+    are evicted for the tables; False, with the block dropped, when even that does not help."""
     cdef int level = 0
     cdef uint32_t slot
     cdef uint64_t span, block
@@ -388,10 +386,11 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
         block = cipa & ~(span - 1)
         drop_sticking_out(vm, block, block + span, block, block + span / (<uint64_t>1 << vm.arena.slot_bits))
         note_change(vm, block, block + span)
-        if not split_host_block(vm, slot, level):
-            drop_shadows_at_once(vm, block, block + span)
-            remove_host_leaf(vm, slot)
-            return False
+        while not split_host_block(vm, slot, level):
+            if not evict(vm, NO_CONTEXT, 0):
+                drop_shadows_at_once(vm, block, block + span)
+                remove_host_leaf(vm, slot)
+                return False
 
 
 cdef void drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t inside_start,

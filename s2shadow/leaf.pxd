@@ -22,6 +22,11 @@ ctypedef struct visit_t:
     uint8_t drop_sticking_out
     uint8_t clear_young
     uint8_t tags                # guest levels that a context visit takes: bit level + 2
+    uint64_t required           # of the dropped: those that the exact rule names
+    uint64_t exact_start        # what the operation named, before any over-approximation
+    uint64_t exact_end
+    uint8_t exact_tags
+    uint8_t guest_granule_bits  # 0: every dropped leaf was required
     uint8_t *bitmap             # OP_AGE: one bit per host page of [whole_start, whole_end)
 
 cdef enum:

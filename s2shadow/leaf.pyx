@@ -3,7 +3,8 @@
 from libc.string cimport memset
 
 from s2shadow.arch cimport (
-    DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, level_shift, level_span, perm_to_s2ap_xn, s2ap_xn_to_perm,
+    DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span, perm_to_s2ap_xn,
+    s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport load32, load64, store64
 from s2shadow.owed cimport owe_context, owe_leaf
@@ -102,6 +103,20 @@ cdef void age_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) noex
         store64(vm.arena.words + slot, desc & ~DESC_AF)
 
 
+cdef bint is_required(const vm_t *vm, uint32_t slot, const visit_t *visit) noexcept nogil:
+    """The extent rule: L1's block around the leaf meets what the operation named, at a level that its hint allows."""
+    cdef int tag
+    cdef uint64_t span, block
+    if not visit.guest_granule_bits:
+        return True
+    tag = <int>read_tag(load64(vm.arena.words + slot))
+    if not visit.exact_tags >> tag & 1:
+        return False
+    span = level_span(visit.guest_granule_bits, tag + LEVEL_STAGE2_OFF)
+    block = slot_ipa(&vm.arena, slot) & ~(span - 1)
+    return block < visit.exact_end and visit.exact_start < block + span
+
+
 cdef bint visit_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) noexcept nogil:
     """Apply the operation to one leaf whose cIPA block starts at ``block``; False when the budget is spent."""
     cdef bint drops = visit.op == OP_DROP
@@ -119,6 +134,7 @@ cdef bint visit_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) no
         return False
     visit.budget -= 1
     visit.dropped += 1
+    visit.required += is_required(vm, slot, visit)
     drop_leaf(vm, slot)
     return True
 

@@ -2,27 +2,36 @@
 
 The extent rule: a shadow leaf is a fragment of one L1 leaf, and L1 may name any address inside that leaf. So an
 operation on [start, end) takes every leaf of guest level l that lies in the range rounded out to L1's block size at
-that level. Levels that a context does not hold are skipped at its root.
+that level. Levels that a context does not hold are skipped at its root, so nothing costs where nothing is.
+
+``tlbi="kvm72"`` does what Linux 7.2 does instead (spec 03, O1-O15): every context with the VMID, stage 2 on or off;
+a size that is guessed where no TTL is given; whole aligned blocks whatever level their leaves have.
 """
 
-from s2shadow.arch cimport LEVEL_STAGE2_OFF, level_shift, level_span
+from libc.stdint cimport uint8_t
+from libc.string cimport memset
+
+from s2shadow.arch cimport DESC_VALID, LEVEL_STAGE2_OFF, level_shift, level_span
+from s2shadow.atomics cimport load64
+from s2shadow.config cimport decode_vmid
 from s2shadow.leaf cimport OP_DROP, is_empty, visit_context, visit_init, visit_t
-from s2shadow.owed cimport owe_context, owed_begin, owed_end
-from s2shadow.vm cimport DROP_CHUNK, context_t, lock_exclusive, sched_yield, unlock
+from s2shadow.owed cimport (
+    CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
+    owed_begin, owed_end,
+)
+from s2shadow.table cimport table_find
+from s2shadow.tlbi cimport (
+    NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
+)
+from s2shadow.vm cimport (
+    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, context_t, kernel_steps_per_context,
+    lock_exclusive, read_tag, sched_yield, tlbi_class_t, unlock,
+)
 
-
-cdef bint is_named(const context_t *context, const maintenance_t *operation) noexcept nogil:
-    if not context.valid:
-        return False
-    if operation.scope == SCOPE_ALL:
-        return True
-    if context.config.vmid != operation.vmid:
-        return False
-    if operation.scope == SCOPE_VMID:
-        return True
-    if not context.config.enabled:
-        return False
-    return not operation.granule_bits or context.config.granule_bits == operation.granule_bits
+cdef enum:
+    GUEST_TAGS = 0x3E           # levels -1 to 3: not the leaves of a context without stage 2
+    HCR_TGE_BIT = 27
+    HCR_E2H_BIT = 34
 
 
 cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil:
@@ -34,55 +43,187 @@ cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept no
         unlock(&vm.lock)
         sched_yield()
         lock_exclusive(&vm.lock)
-        if context.generation != generation:
+        if context.generation != generation or not context.valid:
             return False
         visit.budget = DROP_CHUNK
     return True
 
 
-cdef void drop_whole(vm_t *vm, uint32_t index, maintenance_t *operation) noexcept nogil:
+cdef void drop_whole(vm_t *vm, uint32_t index, tlbi_result_t *result) noexcept nogil:
     cdef visit_t visit
     if is_empty(vm, &vm.contexts[index]):
         return
     owe_context(&vm.owed, index)
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
     drop_chunked(vm, &vm.contexts[index], &visit)
-    operation.removed += visit.dropped
+    result.removed += visit.dropped
+    result.required += visit.dropped
 
 
-cdef void drop_extents(vm_t *vm, context_t *context, maintenance_t *operation) noexcept nogil:
+cdef uint8_t hinted_tags(const tlbi_t *tlbi) noexcept nogil:
+    """The guest levels that an operation may take."""
+    return GUEST_TAGS if tlbi.level == NO_LEVEL else <uint8_t>(1 << (tlbi.level - LEVEL_STAGE2_OFF))
+
+
+cdef void drop_extents(vm_t *vm, context_t *context, const tlbi_t *tlbi, tlbi_result_t *result) noexcept nogil:
+    """Exactly the leaves that the extent rule names. A hint of another granule names none."""
     cdef visit_t visit
     cdef uint64_t span
+    cdef uint8_t tags = hinted_tags(tlbi)
     cdef int level
+    cdef bint whole
+    if tlbi.granule_bits and tlbi.granule_bits != context.config.granule_bits:
+        return
     for level in range(-1, 4):
-        if level_shift(context.config.granule_bits, level) >= 64:
-            continue                        # no such level with this granule
-        if not operation.levels >> (level - LEVEL_STAGE2_OFF) & 1:
+        if not tags >> (level - LEVEL_STAGE2_OFF) & 1 or level_shift(context.config.granule_bits, level) >= 64:
             continue
         span = level_span(context.config.granule_bits, level)
-        visit_init(&visit, OP_DROP, operation.start & ~(span - 1), ((operation.end - 1) | (span - 1)) + 1)
+        visit_init(&visit, OP_DROP, tlbi.start & ~(span - 1), ((tlbi.end - 1) | (span - 1)) + 1)
         visit.tags = <uint8_t>(1 << (level - LEVEL_STAGE2_OFF))
-        if not drop_chunked(vm, context, &visit):
-            operation.removed += visit.dropped
+        whole = drop_chunked(vm, context, &visit)
+        result.removed += visit.dropped
+        result.required += visit.dropped
+        if not whole:
             return
-        operation.removed += visit.dropped
 
 
-cdef void apply_maintenance(vm_t *vm, maintenance_t *operation) noexcept nogil:
-    """Remove exactly what the operation names; it never acquires a context."""
+cdef uint64_t kvm72_level_size(int granule_bits, int level) noexcept nogil:
+    """__ttl_to_size; 0 for what it does not know."""
+    if level == 3 or level == 2 or (level == 1 and granule_bits == 12):
+        return level_span(granule_bits, level)
+    return 0
+
+
+cdef uint64_t kvm72_largest(int granule_bits) noexcept nogil:
+    return level_span(granule_bits, 1 if granule_bits == 12 else 2)
+
+
+cdef uint64_t kvm72_guessed_size(vm_t *vm, const context_t *context, uint64_t ipa) noexcept nogil:
+    """get_guest_mapping_ttl: probe the shadow at the address aligned to each of L1's sizes, smallest first; the first
+    tagged leaf decides. Largest size when none is found, or when its block does not reach the address."""
+    cdef int granule_bits = context.config.granule_bits, probe, level = 0, guest_level
+    cdef uint64_t at = ipa, desc, size
+    for probe in range(3, 0, -1):
+        if not kvm72_level_size(granule_bits, probe):
+            continue
+        at &= ~(level_span(granule_bits, probe) - 1)
+        if at >> context.shadow.ia_bits:
+            continue
+        desc = load64(vm.arena.words + table_find(&vm.arena, &context.shadow, at, &level))
+        guest_level = <int>read_tag(desc) + LEVEL_STAGE2_OFF
+        if not desc & DESC_VALID or guest_level < 1:
+            continue                        # Linux has no tag for levels below 1
+        size = kvm72_level_size(granule_bits, guest_level)
+        if not size:
+            size = kvm72_largest(granule_bits)
+        return size if ipa < at + size else kvm72_largest(granule_bits)
+    return kvm72_largest(granule_bits)
+
+
+cdef uint64_t kvm72_size(vm_t *vm, const context_t *context, const tlbi_t *tlbi) noexcept nogil:
+    """compute_tlb_inval_range: a TTL is trusted as it is, whatever the context's granule."""
+    cdef uint64_t size = 0
+    if not vm.features.ttl or not tlbi.ttl:
+        return kvm72_guessed_size(vm, context, tlbi.start)
+    if tlbi.ttl >> 2:
+        size = kvm72_level_size(10 + 2 * (tlbi.ttl >> 2), tlbi.ttl & 3)
+    return size if size else kvm72_largest(context.config.granule_bits)
+
+
+cdef void drop_as_kvm72(vm_t *vm, context_t *context, const tlbi_t *tlbi, tlbi_result_t *result) noexcept nogil:
+    cdef visit_t visit
+    cdef uint64_t start = tlbi.start, end = tlbi.end, size
+    if not tlbi.op.is_range:
+        size = kvm72_size(vm, context, tlbi)
+        start &= ~(size - 1)
+        end = start + size
+    visit_init(&visit, OP_DROP, start, end)
+    visit.guest_granule_bits = context.config.granule_bits
+    visit.exact_start = tlbi.start
+    visit.exact_end = tlbi.end
+    if context.config.enabled and exact_granule(tlbi, context):
+        visit.exact_tags = hinted_tags(tlbi)
+    drop_chunked(vm, context, &visit)
+    result.removed += visit.dropped
+    result.required += visit.required
+
+
+cdef bint exact_granule(const tlbi_t *tlbi, const context_t *context) noexcept nogil:
+    return not tlbi.granule_bits or tlbi.granule_bits == context.config.granule_bits
+
+
+cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tlbi_result_t *result) noexcept nogil:
+    """IPAS2*, RIPAS2*, VMALLS12E1* and ALLE1*."""
+    cdef uint16_t vmid = decode_vmid(&vm.features, regs.vttbr, regs.vtcr)
+    cdef context_t *context
     cdef uint32_t i
-    operation.removed = 0
-    operation.visited = 0
+    for i in range(vm.context_count):
+        context = &vm.contexts[i]
+        if not context.valid or (tlbi.op.scope != SCOPE_ALL and context.config.vmid != vmid):
+            continue
+        if tlbi.op.scope == SCOPE_IPA and not context.config.enabled and not vm.tlbi_kvm72:
+            continue
+        result.contexts += 1
+        if tlbi.op.scope != SCOPE_IPA:
+            if vm.tlbi_kvm72:
+                vm.kernel_steps += kernel_steps_per_context(vm)
+            drop_whole(vm, i, result)
+        elif tlbi.names_nothing:
+            continue
+        elif vm.tlbi_kvm72:
+            drop_as_kvm72(vm, context, tlbi, result)
+        else:
+            drop_extents(vm, context, tlbi, result)
+
+
+cdef void owe_one_stage1(vm_t *vm, const tlbi_t *tlbi, uint32_t host_vmid) noexcept nogil:
+    cdef int op = TLBI_VMALL
+    if tlbi.op.scope == SCOPE_VA:
+        op = TLBI_VA
+    elif tlbi.op.scope == SCOPE_VAA:
+        op = TLBI_VAA
+    elif tlbi.op.scope == SCOPE_ASID:
+        op = TLBI_ASID
+    owe_stage1(&vm.owed, op, host_vmid, tlbi.start, tlbi.end, tlbi.level, tlbi.asid, tlbi.op.last_level)
+
+
+cdef void apply_stage1(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tlbi_result_t *result) noexcept nogil:
+    """Stage-1 operations remove no shadow leaf. EL1's go to every context with the VMID; EL2's, and EL1's under
+    {E2H,TGE}={1,1}, to the virtual EL2 regime, which runs under the canonical VMID."""
+    cdef uint16_t vmid = decode_vmid(&vm.features, regs.vttbr, regs.vtcr)
+    cdef uint32_t i
+    if tlbi.names_nothing:
+        return
+    if tlbi.op.regime == REGIME_EL2_S1 or (regs.hcr >> HCR_E2H_BIT & 1 and regs.hcr >> HCR_TGE_BIT & 1):
+        owe_one_stage1(vm, tlbi, CANONICAL_VMID)
+        return
+    for i in range(vm.context_count):
+        if vm.contexts[i].valid and vm.contexts[i].config.vmid == vmid:
+            result.contexts += 1
+            owe_one_stage1(vm, tlbi, i + FIRST_CONTEXT_VMID)
+
+
+cdef tlbi_class_t class_of(const tlbi_t *tlbi) noexcept nogil:
+    if tlbi.op.scope == SCOPE_IPA:
+        return CLASS_RANGE if tlbi.op.is_range else CLASS_IPA
+    if tlbi.op.scope == SCOPE_VMALLS12:
+        return CLASS_VMALLS12
+    return CLASS_ALL if tlbi.op.scope == SCOPE_ALL and tlbi.op.regime != REGIME_EL2_S1 else CLASS_STAGE1
+
+
+cdef void apply_tlbi(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tlbi_result_t *result) noexcept nogil:
+    """Do what L1 asked for, under the registers that it had then; no context is acquired."""
+    cdef tlbi_class_t kind = class_of(tlbi)
+    memset(result, 0, sizeof(tlbi_result_t))
     lock_exclusive(&vm.lock)
     owed_begin(&vm.owed)
-    for i in range(vm.context_count):
-        if not is_named(&vm.contexts[i], operation):
-            continue
-        operation.visited += 1
-        if operation.scope == SCOPE_IPA:
-            if operation.start < operation.end:
-                drop_extents(vm, &vm.contexts[i], operation)
-        else:
-            drop_whole(vm, i, operation)
+    if kind == CLASS_STAGE1:
+        apply_stage1(vm, tlbi, regs, result)
+    else:
+        apply_stage2(vm, tlbi, regs, result)
     owed_end(&vm.owed)
+    vm.tlbi_operations[<int>kind] += 1
+    vm.tlbi_contexts[<int>kind] += result.contexts
+    vm.tlbi_removed[<int>kind] += result.removed
+    vm.tlbi_required[<int>kind] += result.required
     unlock(&vm.lock)

@@ -7,9 +7,14 @@ from s2shadow.table cimport pthread_mutex_t
 cdef enum:
     TLBI_VMALLS12 = 0
     TLBI_IPA = 1
+    TLBI_VA = 2
+    TLBI_ASID = 3
     TLBI_VMALL = 4
+    TLBI_ALL = 5
+    TLBI_VAA = 6                # by VA, any ASID
     LEVEL_ANY = -2
-    FIRST_CONTEXT_VMID = 2      # host VMID of context 0; 0 is reserved, 1 is the canonical table's
+    CANONICAL_VMID = 1          # host VMID of the canonical table, under which L1 itself runs; 0 is reserved
+    FIRST_CONTEXT_VMID = 2      # host VMID of context 0
 
 # The layout of HW_TLBI_DTYPE.
 ctypedef struct hw_tlbi_t:
@@ -26,10 +31,10 @@ ctypedef struct owed_t:
     hw_tlbi_t *rows
     uint32_t count
     uint32_t capacity
-    uint32_t contexts
+    uint32_t vmids               # 0 to vmids-1
     uint64_t seq                # of the operation under way, or of the last one
-    uint8_t *whole              # by context: a VMALLS12 is queued and covers what comes
-    uint8_t *touched            # by context: this operation owes it a VMALL at the end
+    uint8_t *whole              # by VMID: a VMALLS12 is queued and covers what comes
+    uint8_t *touched            # by VMID: this operation owes it a VMALL at the end
     uint16_t *touched_list
     uint32_t touched_count
     uint8_t track
@@ -40,6 +45,8 @@ cdef void owed_destroy(owed_t *owed) noexcept nogil
 cdef uint64_t owed_begin(owed_t *owed) noexcept nogil
 cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil
 cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil
+cdef void owe_stage1(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
+                     bint last_level) noexcept nogil
 cdef void owed_end(owed_t *owed) noexcept nogil
 cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil
 cdef uint32_t owed_take(owed_t *owed, hw_tlbi_t *out, uint32_t limit) noexcept nogil

@@ -3,7 +3,7 @@
 An operation is one host change, one TLBI or one relaxed leaf. All its rows carry its number, which is also the
 ticket that the caller gets. A removed or narrowed leaf owes an invalidation by IPA, and the operation one of the
 whole stage 1 of each context that it touched: combined entries survive an invalidation by IPA (Arm ARM, TLBI
-IPAS2E1). When the queue is full it collapses to one VMALLS12 for each context that has rows.
+IPAS2E1). When the queue is full it collapses to one VMALLS12 for each VMID that has rows.
 """
 
 from libc.stdlib cimport calloc, free
@@ -17,13 +17,13 @@ cdef enum:
 
 cdef bint owed_init(owed_t *owed, uint32_t contexts, bint track) noexcept nogil:
     memset(owed, 0, sizeof(owed_t))
-    owed.contexts = contexts
+    owed.vmids = contexts + FIRST_CONTEXT_VMID
     owed.track = track
     owed.capacity = CAPACITY if contexts * 2 < CAPACITY else contexts * 2
     owed.rows = <hw_tlbi_t *>calloc(owed.capacity, sizeof(hw_tlbi_t))
-    owed.whole = <uint8_t *>calloc(contexts, 1)
-    owed.touched = <uint8_t *>calloc(contexts, 1)
-    owed.touched_list = <uint16_t *>calloc(contexts, sizeof(uint16_t))
+    owed.whole = <uint8_t *>calloc(owed.vmids, 1)
+    owed.touched = <uint8_t *>calloc(owed.vmids, 1)
+    owed.touched_list = <uint16_t *>calloc(owed.vmids, sizeof(uint16_t))
     pthread_mutex_init(&owed.lock, NULL)
     return owed.rows != NULL and owed.whole != NULL and owed.touched != NULL and owed.touched_list != NULL
 
@@ -37,48 +37,52 @@ cdef void owed_destroy(owed_t *owed) noexcept nogil:
 
 
 cdef void collapse(owed_t *owed) noexcept nogil:
-    """Every context with rows gets one VMALLS12, under the oldest number: each ticket that was given stays true."""
+    """Every VMID with rows gets one VMALLS12, under the oldest number: each ticket that was given stays true."""
     cdef uint64_t seq = owed.rows[0].seq
-    cdef uint32_t i, context
+    cdef uint32_t i, vmid
     for i in range(owed.count):
-        owed.whole[owed.rows[i].host_vmid - FIRST_CONTEXT_VMID] = 1
+        owed.whole[owed.rows[i].host_vmid] = 1
     owed.count = 0
-    for context in range(owed.contexts):
-        if owed.whole[context]:
-            put(owed, seq, TLBI_VMALLS12, context, 0, 0, LEVEL_ANY)
+    for vmid in range(owed.vmids):
+        if owed.whole[vmid]:
+            put(owed, seq, TLBI_VMALLS12, vmid, 0, 0, LEVEL_ANY)
 
 
-cdef void put(owed_t *owed, uint64_t seq, int op, uint32_t context, uint64_t start, uint64_t end,
-              int level) noexcept nogil:
+cdef hw_tlbi_t *put(owed_t *owed, uint64_t seq, int op, uint32_t vmid, uint64_t start, uint64_t end,
+                    int level) noexcept nogil:
     cdef hw_tlbi_t *row = owed.rows + owed.count
     owed.count += 1
     memset(row, 0, sizeof(hw_tlbi_t))
     row.seq = seq
     row.op = <uint8_t>op
-    row.host_vmid = <uint16_t>(context + FIRST_CONTEXT_VMID)
+    row.host_vmid = <uint16_t>vmid
     row.start = start
     row.end = end
     row.level = <int8_t>level
-    row.last_level = op == TLBI_IPA
+    return row
 
 
-cdef void append(owed_t *owed, int op, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
+cdef void append(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid=0,
+                 bint last_level=False) noexcept nogil:
+    """Queue a row, unless a VMALLS12 that is still queued covers it; adjacent ranges of one operation merge."""
     cdef hw_tlbi_t *last
-    if owed.whole[context]:
-        return                              # a VMALLS12 that is still queued covers it
+    if owed.whole[vmid]:
+        return
     if op == TLBI_IPA and owed.count:
         last = owed.rows + owed.count - 1
         if (last.op == TLBI_IPA and last.seq == owed.seq and last.level == level and last.end == start
-                and last.host_vmid == context + FIRST_CONTEXT_VMID):
+                and last.host_vmid == vmid):
             last.end = end
             return
     if owed.count == owed.capacity:
         collapse(owed)
-        if owed.whole[context]:
+        if owed.whole[vmid]:
             return
     if op == TLBI_VMALLS12:
-        owed.whole[context] = 1
-    put(owed, owed.seq, op, context, start, end, level)
+        owed.whole[vmid] = 1
+    last = put(owed, owed.seq, op, vmid, start, end, level)
+    last.asid = asid
+    last.last_level = last_level
 
 
 cdef uint64_t owed_begin(owed_t *owed) noexcept nogil:
@@ -89,14 +93,15 @@ cdef uint64_t owed_begin(owed_t *owed) noexcept nogil:
 
 cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
     """The operation removed or narrowed a leaf."""
-    if not owed.track or owed.whole[context]:
+    cdef uint32_t vmid = context + FIRST_CONTEXT_VMID
+    if not owed.track or owed.whole[vmid]:
         return
     pthread_mutex_lock(&owed.lock)
-    append(owed, TLBI_IPA, context, start, end, level)
+    append(owed, TLBI_IPA, vmid, start, end, level, 0, True)
     pthread_mutex_unlock(&owed.lock)
-    if not owed.touched[context]:
-        owed.touched[context] = 1
-        owed.touched_list[owed.touched_count] = <uint16_t>context
+    if not owed.touched[vmid]:
+        owed.touched[vmid] = 1
+        owed.touched_list[owed.touched_count] = <uint16_t>vmid
         owed.touched_count += 1
 
 
@@ -104,19 +109,28 @@ cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil:
     """The operation empties a whole context."""
     if owed.track:
         pthread_mutex_lock(&owed.lock)
-        append(owed, TLBI_VMALLS12, context, 0, 0, LEVEL_ANY)
+        append(owed, TLBI_VMALLS12, context + FIRST_CONTEXT_VMID, 0, 0, LEVEL_ANY)
+        pthread_mutex_unlock(&owed.lock)
+
+
+cdef void owe_stage1(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
+                     bint last_level) noexcept nogil:
+    """L1 invalidated stage-1 entries: the hardware holds them under the host's VMID."""
+    if owed.track:
+        pthread_mutex_lock(&owed.lock)
+        append(owed, op, vmid, start, end, level, asid, last_level)
         pthread_mutex_unlock(&owed.lock)
 
 
 cdef void owed_end(owed_t *owed) noexcept nogil:
     """Finish an operation: the stage 1 of every context that it touched goes too."""
-    cdef uint32_t context
+    cdef uint32_t vmid
     while owed.touched_count:
         owed.touched_count -= 1
-        context = owed.touched_list[owed.touched_count]
-        owed.touched[context] = 0
+        vmid = owed.touched_list[owed.touched_count]
+        owed.touched[vmid] = 0
         pthread_mutex_lock(&owed.lock)
-        append(owed, TLBI_VMALL, context, 0, 0, LEVEL_ANY)
+        append(owed, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY)
         pthread_mutex_unlock(&owed.lock)
 
 
@@ -126,8 +140,8 @@ cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t e
         return
     pthread_mutex_lock(&owed.lock)
     owed.seq += 1
-    append(owed, TLBI_IPA, context, start, end, level)
-    append(owed, TLBI_VMALL, context, 0, 0, LEVEL_ANY)
+    append(owed, TLBI_IPA, context + FIRST_CONTEXT_VMID, start, end, level, 0, True)
+    append(owed, TLBI_VMALL, context + FIRST_CONTEXT_VMID, 0, 0, LEVEL_ANY)
     pthread_mutex_unlock(&owed.lock)
 
 
@@ -139,7 +153,7 @@ cdef uint32_t owed_take(owed_t *owed, hw_tlbi_t *out, uint32_t limit) noexcept n
     memcpy(out, owed.rows, taken * sizeof(hw_tlbi_t))
     for i in range(taken):
         if out[i].op == TLBI_VMALLS12:
-            owed.whole[out[i].host_vmid - FIRST_CONTEXT_VMID] = 0
+            owed.whole[out[i].host_vmid] = 0
     owed.count -= taken
     memmove(owed.rows, owed.rows + taken, owed.count * sizeof(hw_tlbi_t))
     pthread_mutex_unlock(&owed.lock)

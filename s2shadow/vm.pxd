@@ -48,6 +48,13 @@ ctypedef enum teardown_t:
     TEARDOWN_BLOW_AWAY
     TEARDOWN_BLOW_AWAY_LEAN
 
+ctypedef enum tlbi_class_t:
+    CLASS_IPA
+    CLASS_RANGE
+    CLASS_VMALLS12
+    CLASS_ALL
+    CLASS_STAGE1
+
 ctypedef enum populate_t:
     POPULATE_NONE
     POPULATE_LINEAR
@@ -141,7 +148,17 @@ ctypedef struct vm_t:
     uint64_t recycled
     uint64_t evictions
     uint64_t canonical_leaves
+    uint64_t tlbi_operations[5]         # by tlbi_class_t, as the next three
+    uint64_t tlbi_contexts[5]
+    uint64_t tlbi_removed[5]
+    uint64_t tlbi_required[5]
     uint32_t evict_hand
+
+
+cdef inline uint64_t kernel_steps_per_context(const vm_t *vm) noexcept nogil:
+    """Linux walks a context's whole input space in steps of its largest block (stage2_apply_range)."""
+    cdef int step_bits = 30 if vm.arena.granule_bits == 12 else 25 if vm.arena.granule_bits == 14 else 29
+    return <uint64_t>1 << (vm.features.pa_bits - step_bits)
 
 
 cdef inline bint is_active(const vm_t *vm, uint64_t cipa) noexcept nogil:

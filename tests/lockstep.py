@@ -1,12 +1,12 @@
 """Engine and model side by side: every operation is done on both, and everything that one can see must be equal."""
 
 import numpy as np
+
 import rig
+import s2shadow
 from model.memory import Memory
 from model.vm import VM, Linear
 from model.walk import Features
-
-import s2shadow
 from s2shadow import HCR_FWB, HCR_VM
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
@@ -350,5 +350,3 @@ def covered(rows, host_vmid, ipa, size):
         if row["op"] == IPA and row["host_vmid"] == host_vmid and row["start"] <= ipa and ipa + size <= row["end"]:
             return True
     return False
-
-

@@ -1,4 +1,4 @@
-"""A seeded stream of operations on a lockstep.Pair: what L2, L1 and the host do, in proportions that keep shadows full."""
+"""A seeded stream of operations on a lockstep.Pair: what L2, L1 and the host do, so that shadows stay full."""
 
 from lockstep import ALIASES, DATA, DATA_PAGES, SLOTS
 

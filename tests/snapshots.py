@@ -1,4 +1,4 @@
-"""Reads the captured tables in data/captures (its README.md says what the files hold), and scans them by brute force."""
+"""Reads the captured tables in data/captures (its README.md says what they hold), and scans them by brute force."""
 
 import json
 import re

@@ -20,7 +20,8 @@ BAD = "translation fault, level 0"
 
 
 def vtcr_of(row, ia, ds=0, ps=5):
-    return (64 - ia) & 63 | int(row["SL0"]) << 6 | TG0[row["granule"]] << 14 | ps << 16 | ds << 32 | int(row["SL2"]) << 33
+    levels = int(row["SL0"]) << 6 | int(row["SL2"]) << 33
+    return (64 - ia) & 63 | levels | TG0[row["granule"]] << 14 | ps << 16 | ds << 32
 
 
 def legal_sizes(row, column_min, column_max):

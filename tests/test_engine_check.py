@@ -1,9 +1,9 @@
 """vm.check() is no formality: it notices what must not be."""
 
 import pytest
-from rig import DATA, PAGE, M, Rig
 
 import s2shadow
+from rig import DATA, PAGE, M, Rig
 from s2shadow import READ, WRITE
 
 W, PRIVILEGED, UNPRIVILEGED = 1 << 7, 1 << 53, 1 << 54

@@ -80,7 +80,8 @@ def test_random_registers(seed):
         if rng.random() < 0.7:
             vttbr = RAM | vttbr & 0xFFFF_0000_0010_F000
         r.vcpu.load(vttbr | 1, vtcr & ~0x3F | int(rng.integers(16, 48)), hcr=hcr | 1, big_endian=bool(rng.integers(2)))
-        got = r.vcpu.fault_many(rng.integers(0, 1 << 48, 8, dtype=np.uint64) >> rng.integers(0, 36, dtype=np.uint64), WRITE)
+        ipas = rng.integers(0, 1 << 48, 8, dtype=np.uint64) >> rng.integers(0, 36, dtype=np.uint64)
+        got = r.vcpu.fault_many(ipas, WRITE)
         assert set(got["kind"].tolist()) <= ALLOWED
         r.vcpu.tlbi("IPAS2E1IS", int(rng.integers(0, 1 << 36)), vttbr=vttbr, vtcr=vtcr, hcr=hcr)
     r.vm.check()
@@ -104,7 +105,7 @@ def test_thousand_aliases():
 
 
 def test_rewrite_without_tlbi():
-    """L1 never invalidates: whatever it sees is one of its own translations, old or new, and the host's address for it."""
+    """L1 never invalidates: whatever it sees is a translation of its own, old or new, and the host's address for it."""
     rng = np.random.default_rng(5)
     r = Rig()
     history = {n: set() for n in range(16)}

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import pytest
+
 import randomops
 from lockstep import DATA, DATA_PAGES, GRANULES, K, Loose, M, Pair
 

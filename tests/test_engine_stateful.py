@@ -6,10 +6,11 @@ answers, every shadow, the host's table and L1's tables must be equal, and vm.ch
 
 import os
 
-import lockstep
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import lockstep
 from lockstep import ALIASES, GRANULES, SLOTS
 
 LONG = os.environ.get("S2SHADOW_LONG") == "1"
@@ -91,6 +92,10 @@ class Lockstep(RuleBasedStateMachine):
     @rule(page=PAGES, length=LENGTH, shift=st.sampled_from([0, 0, 0, 1, 512]), perm=HOST_PERM)
     def host_map(self, page, length, shift, perm):
         self.pair.host_map(page, length, shift, perm)
+
+    @rule()
+    def host_map_gigabyte(self):
+        self.pair.host_map_gigabyte()
 
     @rule(page=PAGES, length=LENGTH, partial=st.sampled_from(["split", "split", "drop", None]))
     def unmap(self, page, length, partial):

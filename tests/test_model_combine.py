@@ -38,7 +38,10 @@ def model_memory(pages):
     return mem
 
 
-@pytest.mark.parametrize("name", ["g_nested_7.2/10_final", "g_nested_7.2/02_dirtylog_on", "g2_nested_notifier_7.2/06_storm"])
+NESTED = ["g_nested_7.2/10_final", "g_nested_7.2/02_dirtylog_on", "g2_nested_notifier_7.2/06_storm"]
+
+
+@pytest.mark.parametrize("name", NESTED)
 def test_real_shadows(name):
     """The model makes the very leaves that a real L0 built over a real L1: address, size, permissions, attributes."""
     snap = snapshots.load(name)

@@ -90,7 +90,8 @@ class TestSnapshot:
                 assert (w["pa"], w["size"], w["level"], w["desc"]) == (pa + at, size, level, desc)
                 assert w["updated"] == (readable and not desc >> 10 & 1)
             starts = {leaf[0] for leaf in leaves}
-            gaps = [end for end in (leaf[0] + leaf[2] for leaf in leaves) if end not in starts and end >> cfg.ia_bits == 0]
+            ends = (leaf[0] + leaf[2] for leaf in leaves)
+            gaps = [end for end in ends if end not in starts and end >> cfg.ia_bits == 0]
             for ipa in gaps[:50]:
                 w = s2shadow.walk(mem, cfg, ipa)
                 assert w.status == 1 and w.fault.startswith("translation fault")

@@ -4,10 +4,10 @@ import threading
 
 import numpy as np
 import pytest
-import rig
-from rig import DATA, HOST, PAGE, RAM, M, Rig
 
+import rig
 import s2shadow
+from rig import DATA, HOST, PAGE, RAM, M, Rig
 from s2shadow import HIT, HOST_FAULT, L1_FAULT, MAPPED, READ, RETRY, WRITE
 
 PAGES = 2048
@@ -87,9 +87,9 @@ def test_unmap_against_faults():
 
     together(changer, *(faulting(r, n, 600, allowed=frozenset({*FINE, HOST_FAULT})) for n in range(4)))
     r.vm.check()
-    host = {cipa: pa for cipa, pa, size, _ in r.host_leaves() for pa, cipa in [(pa, cipa)] if size == PAGE}
+    host = {cipa: pa for cipa, pa, size, _ in r.host_leaves() if size == PAGE}
     for index in (0, 1):
-        for ipa, cipa, pa, size in r.shadow(index)[["ipa", "cipa", "pa", "size"]].tolist():
+        for cipa, pa, size in r.shadow(index)[["cipa", "pa", "size"]].tolist():
             assert size > PAGE or cipa not in host or host[cipa] == pa
 
 

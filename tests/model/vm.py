@@ -1,4 +1,4 @@
-"""A brute-force model of NestedVM: plain dictionaries, no reverse map, every question answered by looking at everything.
+"""A brute-force model of NestedVM: plain dictionaries, no reverse map, every question answered by looking everywhere.
 
 A shadow behaves as a TLB: what it holds depends on what was accessed in which order, so the model follows the same fill
 rules and its results must be equal, not merely legal.
@@ -343,7 +343,7 @@ class VM:
             self.dirty.add(address & -self.page)
 
     def grant_write(self, cipa):
-        """A write was seen: its page is dirty, and writable from now on. A block that is logged in part is split for it."""
+        """A write was seen: its page is dirty and writable now. A block that is logged, even in part, is split for it."""
         base, leaf = self.host_leaf(cipa)
         if self.is_logged(base, base + leaf.size):
             while leaf.size > self.page:
