@@ -1,4 +1,4 @@
-"""The command line: ``s2shadow storm`` and ``s2shadow walk``.
+"""The command line: ``s2shadow storm``, ``s2shadow walk`` and ``s2shadow tlbi``.
 
 Exit codes: 0 done, 1 a walk ended in a fault, 2 usage or bad input (one line on stderr), 130 interrupted.
 """
@@ -83,6 +83,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     add_storm(commands)
     add_walk(commands)
+    add_tlbi(commands)
     return parser
 
 
@@ -109,7 +110,8 @@ def add_storm(commands: Any) -> None:
     events.add_argument("--event-pages", type=number(1), metavar="P", help="pages per event (default 1)")
     events.add_argument("--teardown", action="extend", nargs="+", type=policy_list, metavar="POLICY",
                         help="policies, in this order: reverse-map, blow-away, blow-away-lean (default: all)")
-    events.add_argument("--tlbi", choices=("exact",), help="extent of L1's TLBIs (default exact)")
+    events.add_argument("--tlbi", choices=("exact", "kvm72"),
+                        help="extent of L1's TLBIs: the architecture's or Linux 7.2's (default exact)")
     events.add_argument("--seed", type=number(0), metavar="S", help="seed of the events and of the layout (default 1)")
     events.add_argument("--write", action="store_true", help="touch by writing (default: reading)")
     events.add_argument("--seconds", type=seconds, metavar="T",
@@ -133,6 +135,19 @@ def add_walk(commands: Any) -> None:
                       help="what the access does: any of r, w, x (default r)")
     walk.add_argument("--explain", action="store_true", help="show every level with the fields named")
     add_outputs(walk)
+
+
+def add_tlbi(commands: Any) -> None:
+    tlbi = commands.add_parser(
+        "tlbi", help="say in words what a TLBI reaches, and what Linux 7.2 does for it", allow_abbrev=False,
+        description="Decodes one TLBI of L1: what its operand names, which shadow leaves it drops, and where Linux 7.2 "
+                    "drops more.")
+    tlbi.set_defaults(run=run_tlbi)
+    tlbi.add_argument("op", metavar="OP", help="name, such as RIPAS2E1IS, or 32-bit instruction word")
+    tlbi.add_argument("xt", metavar="XT", nargs="?", help="operand (default: 0)")
+    tlbi.add_argument("--vtcr", metavar="V", help="VTCR_EL2 that L1 had: granule, input size, DS (default: 48 bits, "
+                                                  "any granule)")
+    add_outputs(tlbi)
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
@@ -377,7 +392,7 @@ def run_walk(options: argparse.Namespace) -> int:
     from s2shadow.walker import walk
 
     check_outputs(options)
-    ipas = [parse_ipa(text) for text in options.ipas]
+    ipas = [parse_register(text, "IPA", "0x80000000") for text in options.ipas]
     access = sum({"r": 1, "w": 2, "x": 4}[letter] for letter in set(options.access))
     mem = GuestMemory()
     try:
@@ -421,13 +436,13 @@ def walk_json(options: argparse.Namespace, capture: Capture, vm: CapturedVM, mem
             "walks": records}
 
 
-def parse_ipa(text: str) -> int:
+def parse_register(text: str, name: str, example: str) -> int:
     try:
         value = int(text, 0)
     except ValueError:
-        raise UsageError(f"IPA must be a number such as 0x80000000, got {text!r}") from None
+        raise UsageError(f"{name} must be a number such as {example}, got {text!r}") from None
     if not 0 <= value < 1 << 64:
-        raise UsageError(f"IPA must be between 0 and 2^64, got {text}")
+        raise UsageError(f"{name} must be between 0 and 2^64, got {text}")
     return value
 
 
@@ -441,3 +456,29 @@ def choose_vm(capture: Capture, wanted: int | None) -> CapturedVM:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return vm
+
+
+# --- tlbi ------------------------------------------------------------------------------------------------------
+
+
+def run_tlbi(options: argparse.Namespace) -> int:
+    from s2shadow.report import Line, csv_text, emit, write_json, write_text
+    from s2shadow.tlbiwords import describe, operation, record
+
+    check_outputs(options)
+    xt = None if options.xt is None else parse_register(options.xt, "XT", "0x0000400000080123")
+    vtcr = None if options.vtcr is None else parse_register(options.vtcr, "--vtcr", "0x802d3558")
+    try:
+        found = describe(operation(options.op), xt, vtcr)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    stream = text_stream(options)
+    if stream is not None:
+        heading, *rest = found.lines
+        write_output(lambda: emit([Line(heading, "bold"), *map(Line, rest)], stream))
+    if options.json is not None:
+        write_output(lambda: write_json({"schema": 1, **record(found), "words": found.lines}, options.json),
+                     options.json)
+    if options.csv is not None:
+        write_output(lambda: write_text(csv_text([record(found)]), options.csv), options.csv)
+    return EXIT_OK

@@ -15,6 +15,7 @@ SHADOW_DTYPE: np.dtype[np.void]
 REVERSE_DTYPE: np.dtype[np.void]
 HOST_LEAF_DTYPE: np.dtype[np.void]
 HW_TLBI_DTYPE: np.dtype[np.void]
+TLBI_OP_DTYPE: np.dtype[np.void]
 
 _Rows: TypeAlias = npt.NDArray[np.void]
 _Populate: TypeAlias = Linear | Callable[[int, Access], HostMapping | None] | Literal["linear"] | None
@@ -36,6 +37,12 @@ class TlbiResult(NamedTuple):
     removed: int
     required: int
     contexts: int
+
+class TlbiCounters(NamedTuple):
+    operations: int
+    contexts: int
+    removed: int
+    required: int
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -77,6 +84,7 @@ class Stats:
     link_bytes: int
     rmap_bytes: int
     memory_bytes: int
+    tlbis: dict[str, TlbiCounters]
     @property
     def reverse_map_bytes_per_entry(self) -> float: ...
 
@@ -170,5 +178,6 @@ class NestedVM:
     def shadow(self, index: int) -> _Rows: ...
     def reverse(self, cipa: int) -> _Rows: ...
     def tables(self, index: int | None = None) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]: ...
+    def tlbi_many(self, ops: _Rows) -> npt.NDArray[np.uint64]: ...
     def take_tlbis(self, limit: int | None = None) -> _Rows: ...
     def check(self) -> None: ...

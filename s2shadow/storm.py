@@ -59,7 +59,7 @@ PAGES_PER_BLOCK = BLOCK // PAGE
 
 REVERSE_MAP = "reverse-map"
 POLICIES = (REVERSE_MAP, "blow-away", "blow-away-lean")
-TLBI_MODES = ("exact",)
+TLBI_MODES = ("exact", "kvm72")
 MOST_CONTEXTS = 65534           # host VMIDs of an engine
 
 U64 = npt.NDArray[np.uint64]

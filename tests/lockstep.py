@@ -26,7 +26,7 @@ VMALLS12, IPA, ALL = 0, 1, 5
 class Pair:
     def __init__(
         self, granules=GRANULES[0], vcpus=1, populate=None, fwb=True, xnx=True, ha=True, contexts=3,
-        host_granule=4 * K, **engine,
+        host_granule=4 * K, features=None, **engine,
     ):  # fmt: skip
         self.page = host_granule
         self.data_end = DATA + DATA_PAGES * self.page
@@ -37,6 +37,7 @@ class Pair:
         self.theirs.add(ROM, M, readonly=True)
         options = {"fwb": fwb, "xnx": xnx, "host_granule": host_granule}
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
+        options |= features or {}
         size = {"vcpus": vcpus, "contexts": contexts}
         self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), **size, **engine)
         self.model = VM(self.theirs, Features(**options), **size)

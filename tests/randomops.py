@@ -122,6 +122,9 @@ WEIGHTS = {
 
 QUIET = {**WEIGHTS, l1_map: 4, l1_map_run: 12, l1_unmap: 1, tlbi: 1, tlbi_ipa: 10}  # L1 seldom edits its tables
 
+SPLITTING = (host_map, unmap, protect)  # where these cannot allocate, a host block goes
+TIGHT = {operation: weight for operation, weight in QUIET.items() if operation not in SPLITTING}
+
 
 def prefill(rng, pair):
     """L1 maps the pages that are touched most, in both of its tables."""

@@ -1,5 +1,7 @@
 """Changes of the host's table: map, unmap, protect, load, and what they take from the shadows."""
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ import rig
 import s2shadow
 import snapshots
 from rig import DATA, HOST, PAGE, RAM, G, K, M, Rig
-from s2shadow import EXEC, EXEC_EL0, HIT, HOST_FAULT, MAPPED, READ, WRITE
+from s2shadow import EXEC, EXEC_EL0, HIT, HOST_FAULT, MAPPED, MMIO, READ, WRITE
 
 RX, RWX = READ | EXEC | EXEC_EL0, READ | WRITE | EXEC | EXEC_EL0
 
@@ -193,6 +195,54 @@ def test_unmap_nothing(r):
     assert len(r.shadow()) == 1
 
 
+def test_widest_ranges(r):
+    """Every range operation takes the whole address space in its stride."""
+    touch(r, 0, 4 * M, access=WRITE)
+    whole = (0, 1 << 48)
+    r.vm.log_dirty(*whole)
+    assert not (r.shadow()["perm"] & WRITE).any()
+    r.vm.log_dirty(*whole, on=False)
+    r.vm.host.protect(*whole, "rx")
+    assert touch(r, 0, access=WRITE) == [HOST_FAULT]
+    r.vm.host.map(1 << 40, 1 << 41, 1 << 40)
+    assert r.host_leaves()[-1][2] == G
+    assert r.vm.unmap(*whole).leaves == 2
+    assert r.host_leaves() == []
+    r.vm.check()
+
+
+def test_many_contexts():
+    """One page in 64 contexts: one unmap takes 64 leaves."""
+    r = Rig(vcpus=64)
+    r.tables.map(0, DATA)
+    for n in range(64):
+        r.load(n + 1, n=n)
+        assert r.fault(0, n=n).kind == MAPPED
+    assert r.vm.unmap(DATA, DATA + PAGE).leaves == 64
+    r.vm.check()
+
+
+def test_memory_added_later(r):
+    """A region that appears while the engine runs is found by the next fault."""
+    r.tables.map(16 * M, rig.NOWHERE)
+    assert touch(r, 16 * M) == [MMIO]
+    r.mem.add(rig.NOWHERE, 2 * M)
+    assert touch(r, 16 * M) == [HOST_FAULT]
+    r.vm.host.map(rig.NOWHERE, HOST + rig.NOWHERE, 2 * M)
+    assert touch(r, 16 * M) == [MAPPED]
+
+
+def test_parts_keep_the_engine():
+    """A vCPU or the host's table in hand keeps the engine alive behind it."""
+    mem = s2shadow.GuestMemory()
+    vcpu, host = s2shadow.NestedVM(mem).vcpus[0], s2shadow.NestedVM(mem).host
+    gc.collect()
+    vcpu.load(0, 0, hcr=0)
+    assert vcpu.fault(0).kind == MMIO
+    host.map(0, 0, PAGE)
+    assert len(host.leaves()) == 1
+
+
 # protect
 
 
@@ -240,23 +290,43 @@ def test_protect_nothing_mapped():
 # load
 
 
-def test_load_captured_table():
-    """A real L0's table for L1 is taken over leaf by leaf."""
+def captured_host():
+    """(addresses, pages, VTTBR, VTCR) of a real L0's table, and the snapshot."""
     snap = snapshots.load("g_nested_7.2/10_final")
-    host = snap.registers["l0_table_for_l1"]
-    vttbr, vtcr = snapshots.regs(host)
-    r = Rig(host=False)
     pages = snap.pages()
     addresses = np.array(list(pages), dtype=np.uint64)
     words = np.array(list(pages.values()), dtype="<u8").view(np.uint8)
-    r.vm.host.load(addresses, words, vttbr, vtcr)
+    return snap, (addresses, words, *snapshots.regs(snap.registers["l0_table_for_l1"]))
+
+
+def test_load_takes_over(r):
+    """A loaded table takes the place of what was there: shadows of that go; loading it again changes nothing."""
+    touch(r, 0, 4 * M)
+    snap, table = captured_host()
+    r.vm.host.load(*table)
+    assert len(r.shadow()) == 0
+    loaded = {(ipa, pa, size) for ipa, pa, size, *_ in snap.scan("tables", *table[2:]).leaves}
+    assert loaded <= {leaf[:3] for leaf in r.host_leaves()}
+    r.vm.check()
+    before = r.host_leaves()
+    r.vm.host.load(*table)
+    assert r.host_leaves() == before
+    r.vm.check()
+
+
+def test_load_captured_table():
+    """A real L0's table for L1 is taken over leaf by leaf."""
+    snap, table = captured_host()
+    vttbr, vtcr = table[2:]
+    r = Rig(host=False)
+    r.vm.host.load(*table)
     want = [
         (ipa, pa, size, desc >> 6 & 3 | (36 if desc >> 53 & 3 == 0 else 0), desc >> 2 & 15)
         for ipa, pa, size, _level, desc in snap.scan("tables", vttbr, vtcr).leaves
     ]
     got = r.vm.host.leaves()
     assert [tuple(row[n].item() for n in ("cipa", "pa", "size", "perm", "memattr")) for row in got] == want
-    assert len(want) == host["leaves"]
+    assert len(want) == snap.registers["l0_table_for_l1"]["leaves"]
     r.vm.check()
 
 

@@ -343,7 +343,7 @@ class VM:
             self.dirty.add(address & -self.page)
 
     def grant_write(self, cipa):
-        """A write was seen: its page is dirty and writable now. A block that is logged, even in part, is split for it."""
+        """A write was seen: its page is dirty and writable now. A block that is logged, even partly, is split."""
         base, leaf = self.host_leaf(cipa)
         if self.is_logged(base, base + leaf.size):
             while leaf.size > self.page:

@@ -43,6 +43,10 @@ class Features:
     vmid_bits: int = 16
     bbm: bool = False
     host_granule: int = KILO4
+    ttl: bool = True
+    range: bool = True
+    tlbios: bool = True
+    xs: bool = True
 
 
 def fault_code(kind, level):
