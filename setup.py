@@ -2,6 +2,7 @@
 
 S2SHADOW_CHECKED=1                     bounds, None and initialisation checks, C assertions
 S2SHADOW_SANITIZE=address,undefined    one -fsanitize=… for each, with frame pointers and line numbers
+S2SHADOW_STRESS=1                      locks are let go as often as possible: chunks of two leaves, one fault
 CFLAGS                                 where set, replaces -O2 -g0
 """
 
@@ -12,12 +13,15 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 CHECKED = os.environ.get("S2SHADOW_CHECKED", "0") not in ("", "0")
+STRESS = os.environ.get("S2SHADOW_STRESS", "0") not in ("", "0")
 SANITIZE = [f"-fsanitize={name}" for name in os.environ.get("S2SHADOW_SANITIZE", "").split(",") if name]
 
 QUIET = ["-Wno-unused-function", "-Wno-sign-compare"]  # generated code only
 compile_args = QUIET if "CFLAGS" in os.environ else ["-O2", "-g0", *QUIET]
 if CHECKED:
     compile_args = [*compile_args, "-UNDEBUG"]
+if STRESS:
+    compile_args = [*compile_args, "-DS2SHADOW_STRESS"]
 if SANITIZE:
     compile_args = [*compile_args, "-g1", "-fno-omit-frame-pointer", *SANITIZE]
 

@@ -59,6 +59,8 @@ cdef extern from *:
     const uint64_t DESC_TAG "S2_DESC_TAG"
     # Software bit of canonical leaves: the host grants W, also while dirty logging withholds S2AP[1].
     const uint64_t DESC_HOST_W "S2_DESC_HOST_W"
+    # Software bit of shadow leaves: L1 maps the page as Device, so HCR_EL2.PTW refuses stage-1 walks there.
+    const uint64_t DESC_GUEST_DEVICE "S2_DESC_HOST_W"
     const uint64_t OA_48 "S2_OA_48"
 
 

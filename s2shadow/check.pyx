@@ -4,8 +4,9 @@ but for finding the one leaf that an address leads to."""
 from libc.stdint cimport uint8_t, uint16_t
 
 from s2shadow.arch cimport (
-    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_TABLE,
-    DESC_TAG, DESC_VALID, DESC_XN, FINAL_LEVEL, OA_48, level_shift, level_span, s2ap_xn_to_perm,
+    ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_S2AP_W,
+    DESC_SH_SHIFT, DESC_TABLE, DESC_TAG, DESC_VALID, DESC_XN, FINAL_LEVEL, OA_48, level_shift, level_span,
+    s2ap_xn_to_perm,
 )
 from s2shadow.context cimport same_key
 from s2shadow.dirty cimport is_logged
@@ -127,7 +128,7 @@ cdef uint64_t written_bits(const vm_t *vm, int level, bint canonical) noexcept n
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t allowed = DESC_VALID | DESC_AF | DESC_XN | (<uint64_t>0xF << DESC_MEMATTR_SHIFT)
     allowed |= <uint64_t>3 << DESC_S2AP_SHIFT | <uint64_t>3 << DESC_SH_SHIFT
-    allowed |= DESC_HOST_W if canonical else DESC_TAG
+    allowed |= DESC_HOST_W if canonical else DESC_TAG | DESC_GUEST_DEVICE
     if level == FINAL_LEVEL:
         allowed |= DESC_TABLE
     return allowed | (OA_48 & ~(span - 1))

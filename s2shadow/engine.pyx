@@ -1,3 +1,4 @@
+# cython: nonecheck=True
 """``NestedVM``: the thin layer that checks arguments once and calls the engine without the GIL."""
 
 import dataclasses
@@ -37,8 +38,8 @@ from s2shadow.table cimport (
 from s2shadow.tlbi cimport TLBI_OK, tlbi_decode, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t, tlbi_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
-    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, lock_exclusive, lock_shared, range_t,
-    read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
+    overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -279,8 +280,15 @@ cdef class _Engine:
 
     cdef object ram_within(self, uint64_t start, uint64_t end):
         """The parts of [start, end) that are RAM: range_t pairs as uint64[n, 2]."""
-        parts = [(max(start, r.start), min(end, r.start + r.size)) for r in self.mem.regions
-                 if not r.device and r.start < end and start < r.start + r.size]
+        page = self.page_size()
+        parts = []
+        done = 0
+        for r in self.mem.regions:          # rounded out to host pages, each page once
+            low = max(start, r.start // page * page, done)
+            high = min(end, -(-(r.start + r.size) // page) * page)
+            if not r.device and low < high:
+                parts.append((low, high))
+                done = high
         return np.array(parts, dtype=np.uint64).reshape(-1, 2)
 
     def set_populate(self, policy):
@@ -631,13 +639,16 @@ cdef class _Engine:
         wanted = self.vm.owed.capacity if limit is None else min(as_u64(limit, "limit"), self.vm.owed.capacity)
         out = np.zeros(max(wanted, 1), dtype=HW_TLBI_DTYPE)
         raw = out.view(np.uint8)
-        taken = owed_take(&self.vm.owed, <hw_tlbi_t *>&raw[0], wanted)
+        with nogil:                         # rows of an operation show once its section is over
+            lock_shared(&self.vm.lock)
+            taken = owed_take(&self.vm.owed, <hw_tlbi_t *>&raw[0], wanted)
+            unlock(&self.vm.lock)
         return out[:taken]
 
     def stats(self):
         cdef uint32_t i, k
         cdef uint64_t kinds[8]
-        cdef uint64_t installed = 0, relaxed = 0, replaced = 0, host_leaves
+        cdef uint64_t installed = 0, relaxed = 0, replaced = 0, host_leaves, removed, tables, links, heads
         memset(kinds, 0, sizeof(kinds))
         with nogil:
             lock_shared(&self.vm.lock)
@@ -648,17 +659,18 @@ cdef class _Engine:
                 relaxed += self.vm.vcpus[i].relaxed
                 replaced += self.vm.vcpus[i].replaced
             host_leaves = self.vm.canonical_leaves
+            removed = self.vm.removed
+            tables, links, heads = self.vm.arena.table_bytes, self.vm.arena.link_bytes, self.vm.arena.rmap_bytes
             unlock(&self.vm.lock)
         return Stats(
             faults=kinds[0] + kinds[1] + kinds[2] + kinds[3] + kinds[4] + kinds[5] + kinds[6],
             hits=kinds[0], mapped=kinds[1], l1_faults=kinds[2], host_faults=kinds[3], mmio=kinds[4],
             retries=kinds[5], no_memory=kinds[6], installed=installed,
-            removed=self.vm.removed, relaxed=relaxed, replaced=replaced, narrowed=self.vm.narrowed,
-            live=installed - self.vm.removed, invalidations=self.vm.invalidations, kernel_steps=self.vm.kernel_steps,
+            removed=removed, relaxed=relaxed, replaced=replaced, narrowed=self.vm.narrowed,
+            live=installed - removed, invalidations=self.vm.invalidations, kernel_steps=self.vm.kernel_steps,
             contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
-            table_bytes=self.vm.arena.table_bytes, link_bytes=self.vm.arena.link_bytes,
-            rmap_bytes=self.vm.arena.rmap_bytes,
-            memory_bytes=self.vm.arena.table_bytes + self.vm.arena.link_bytes + self.vm.arena.rmap_bytes,
+            table_bytes=tables, link_bytes=links,
+            rmap_bytes=heads, memory_bytes=tables + links + heads,
             tlbis={name: TlbiCounters(self.vm.tlbi_operations[i], self.vm.tlbi_contexts[i], self.vm.tlbi_removed[i],
                                       self.vm.tlbi_required[i]) for i, name in enumerate(TLBI_CLASSES)})
 
@@ -838,6 +850,8 @@ cdef class VCPU:
 
     cdef int enter(self) except -1:
         cdef uint32_t idle = 0
+        if self.c == NULL:
+            raise RuntimeError("a VCPU comes from NestedVM.vcpus")
         if not cas32(&self.c.busy, &idle, 1):
             raise RuntimeError(f"vCPU {self.index} is in use by another thread")
         return 0
@@ -948,7 +962,7 @@ cdef class VCPU:
             asked = at
             if tries > POPULATE_TRIES:
                 out[at].kind = KIND_RETRY
-            elif self.ask(out[at].cipa, masks[at * stride]):
+            elif self.ask(self.c.asked_cipa, masks[at * stride]):
                 continue
             self.c.kinds[out[at].kind] += 1
             at += 1
@@ -984,8 +998,11 @@ cdef class VCPU:
                 if reached > level:
                     level = reached         # part of a larger block is mapped already
                 span = level_span(vm.arena.granule_bits, level)
+                while level < FINAL_LEVEL and overlaps_active(vm, cipa & ~(span - 1), (cipa & ~(span - 1)) + span):
+                    level += 1
+                    span = level_span(vm.arena.granule_bits, level)
                 # What was resolved before a change of that range must not be installed after it.
-                if not changed_since(vm, seq, cipa & ~(span - 1), (cipa & ~(span - 1)) + span):
+                if not (is_active(vm, cipa) or changed_since(vm, seq, cipa & ~(span - 1), (cipa & ~(span - 1)) + span)):
                     stored = populate_block(vm, cipa & ~(span - 1), pa & ~(span - 1), span, &attrs)
             unlock(&vm.lock)
         if not stored:
@@ -1164,7 +1181,11 @@ cdef class NestedVM:
         return self.engine.tlbi_many(ops)
 
     def take_tlbis(self, limit=None):
-        """Take the TLB maintenance that L0 owes its hardware, oldest first: ``HW_TLBI_DTYPE`` array."""
+        """Take the TLB maintenance that L0 owes its hardware, oldest first: ``HW_TLBI_DTYPE`` array.
+
+        ``op``: VMALLS12=0, IPA=1, VA=2, ASID=3, VMALL=4, ALL=5, VAA=6 (by VA, any ASID). A table page that an operation
+        emptied is reused at once: apply its rows before the vCPU goes on.
+        """
         return self.engine.take_tlbis(limit)
 
     @property

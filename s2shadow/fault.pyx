@@ -10,9 +10,9 @@ from libc.stdint cimport int8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport (
-    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_VALID, DESC_XN,
-    FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, OA_48, hpfar, level_span, memattr_is_device, required_perm,
-    s2ap_xn_to_perm,
+    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT,
+    DESC_VALID, DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, OA_48, hpfar, level_span, memattr_is_device,
+    required_perm, s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
@@ -44,10 +44,9 @@ cdef inline bint perm_allows(uint64_t desc, uint8_t need) noexcept nogil:
     return not need & ~s2ap_xn_to_perm(desc, True)
 
 
-cdef inline bint device_walk_refused(const vcpu_t *vcpu, const vm_t *vm, uint64_t desc, uint8_t access) noexcept nogil:
-    """HCR_EL2.PTW: a stage-1 walk must not touch Device memory; L1's walk decides what the fault is."""
-    cdef uint8_t memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-    return access & ACCESS_PTW and vcpu.config.ptw and memattr_is_device(memattr, vm.features.fwb)
+cdef inline bint device_walk_refused(const vcpu_t *vcpu, uint64_t desc, uint8_t access) noexcept nogil:
+    """HCR_EL2.PTW: a stage-1 walk must not touch what L1 maps as Device; L1's walk decides what the fault is."""
+    return access & ACCESS_PTW and vcpu.config.ptw and desc & DESC_GUEST_DEVICE
 
 
 cdef inline void describe_hit(const vm_t *vm, uint64_t desc, uint64_t ipa, int level, uint64_t block,
@@ -99,7 +98,7 @@ cdef step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, 
     slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
     if not slot or not desc & DESC_AF or not perm_allows(desc, required_perm(access)):
         return STEP_DONE
-    if device_walk_refused(vcpu, vm, desc, access):
+    if device_walk_refused(vcpu, desc, access):
         return STEP_DONE
     if not block_of(vm, slot, exclusive, &block):
         return STEP_EXCLUSIVE
@@ -136,7 +135,7 @@ cdef bint try_hit(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exc
     cdef int level = 0
     cdef uint32_t slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
     step[0] = STEP_DONE
-    if not slot or not perm_allows(desc, required_perm(access)) or device_walk_refused(vcpu, vm, desc, access):
+    if not slot or not perm_allows(desc, required_perm(access)) or device_walk_refused(vcpu, desc, access):
         return False
     if not block_of(vm, slot, exclusive, &block):
         step[0] = STEP_EXCLUSIVE
@@ -174,9 +173,10 @@ cdef bint is_mmio(const region_t *region, bint host_mapped, uint8_t access) noex
     return region.readonly and access & ACCESS_WRITE
 
 
-cdef void host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa,
+cdef bint host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa,
                         host_leaf_t *host) noexcept nogil:
-    """The host's leaf, cut to what lies inside the region: its neighbours may be read-only or nothing at all."""
+    """The host's leaf, cut to what lies inside the region: its neighbours may be read-only or nothing at all. False
+    where not even a page does."""
     cdef uint64_t block
     host.perm = s2ap_xn_to_perm(desc, True)
     host.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
@@ -185,10 +185,12 @@ cdef void host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t
     host.pa = desc & OA_48 & ~(host.size - 1)
     if region.readonly:
         host.perm &= ~ACCESS_WRITE
-    while level < FINAL_LEVEL:
+    while True:
         block = cipa & ~(host.size - 1)
         if block >= region.start and block + host.size <= region.start + region.size:
-            break
+            return True
+        if level == FINAL_LEVEL:
+            return False
         level += 1
         host.pa += cipa & (host.size - 1) & ~(level_span(vm.arena.granule_bits, level) - 1)
         host.size = level_span(vm.arena.granule_bits, level)
@@ -244,7 +246,10 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
                 out.kind = KIND_HOST_FAULT if populated == 0 else KIND_NO_MEMORY
                 return STEP_DONE
             continue
-        host_leaf_for(vm, desc, level, region, walked.pa, &host)
+        if not host_leaf_for(vm, desc, level, region, walked.pa, &host):
+            out.kind = KIND_MMIO
+            out.fsc = FSC_EXTERNAL_ABORT
+            return STEP_DONE
         if not need & ~host.perm:
             break
         if need & ~host.perm & ~ACCESS_WRITE or not desc & DESC_HOST_W or region.readonly:
@@ -271,6 +276,8 @@ cdef step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, b
     if not peek64(vm.arena.words + host_slot) & DESC_AF:
         fetch_or64(vm.arena.words + host_slot, DESC_AF)
     combine_leaves(walked, host, &context.rules, &leaf)
+    if walked.level != LEVEL_STAGE2_OFF and memattr_is_device(walked.memattr, vcpu.config.fwb):
+        leaf.desc |= DESC_GUEST_DEVICE
     out.size = leaf.size
     out.perm = leaf.perm
     out.pa = host.pa + (walked.pa & (host.size - 1))
@@ -376,9 +383,15 @@ cdef bint relax_leaf(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t desc, uint6
 
 
 cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
+    """The whole fault again on the exclusive side. First what the shared attempt may have left goes: it made tables and
+    nodes and then found no memory, and L1's table may say something else by now."""
     cdef step_t step
     lock_exclusive(&vm.lock)
     owed_begin(&vm.owed)
+    if not ipa >> vm.contexts[vcpu.context].shadow.ia_bits:
+        table_tidy(&vm.arena, &vm.contexts[vcpu.context].shadow, ipa)
+    if vm.teardown == TEARDOWN_REVERSE_MAP and not out.cipa >> vm.canonical.ia_bits:
+        rmap_tidy(&vm.rmap, out.cipa)
     step = fault_step(vm, vcpu, ipa, access, True, out)
     owed_end(&vm.owed)
     unlock(&vm.lock)
@@ -389,22 +402,27 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
                       fault_t *out, int64_t n, int64_t *at) noexcept nogil:
     """Serve faults from ``at`` on; stops with STEP_POPULATE at the element that needs the embedder."""
     cdef step_t step = STEP_DONE
+    cdef fault_t row                        # not the user's array, which another thread may write
     cdef int64_t end
     while at[0] < n:
         end = at[0] + FAULT_CHUNK if n - at[0] > FAULT_CHUNK else n
         lock_shared(&vm.lock)
         while at[0] < end:
-            step = fault_step(vm, vcpu, ipas[at[0]], masks[at[0] * stride], False, out + at[0])
+            step = fault_step(vm, vcpu, ipas[at[0]], masks[at[0] * stride], False, &row)
             if step != STEP_DONE:
                 break
-            vcpu.kinds[out[at[0]].kind] += 1
+            vcpu.kinds[row.kind] += 1
+            out[at[0]] = row
             at[0] += 1
         unlock(&vm.lock)
         if step == STEP_EXCLUSIVE:
-            step = fault_exclusive(vm, vcpu, ipas[at[0]], masks[at[0] * stride], out + at[0])
+            step = fault_exclusive(vm, vcpu, ipas[at[0]], masks[at[0] * stride], &row)
             if step == STEP_DONE:
-                vcpu.kinds[out[at[0]].kind] += 1
+                vcpu.kinds[row.kind] += 1
+                out[at[0]] = row
                 at[0] += 1
         if step == STEP_POPULATE:
+            vcpu.asked_cipa = row.cipa
+            out[at[0]] = row
             return step
     return STEP_DONE

@@ -22,12 +22,12 @@ from s2shadow.table cimport (
 )
 from s2shadow.vm cimport (
     ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, kernel_steps_per_context,
-    lock_exclusive, range_t, sched_yield, unlock, vm_t,
+    lock_exclusive, overlaps_active, range_t, sched_yield, unlock, vm_t,
 )
 
 cdef enum:
     SH_ISH = 3
-    NARROW_CHUNK = 4096         # host leaves changed before the lock is let go for a moment
+    LOG_CHUNK_PAGES = 4096      # host pages whose logging is switched in one exclusive section
 
 
 cdef inline bint has_reverse_map(const vm_t *vm) noexcept nogil:
@@ -90,22 +90,6 @@ cdef bint register_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil
     return True
 
 
-cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, bint chunked, change_t *change) noexcept nogil:
-    """Remove every shadow leaf that overlaps [start, end)."""
-    cdef visit_t visit
-    if not has_reverse_map(vm):
-        count_kernel_steps(vm)
-        change.dropped += drop_everything(vm)
-        return
-    visit_init(&visit, OP_DROP, start, end)
-    if chunked:
-        visit.budget = DROP_CHUNK
-    while not visit_canonical(vm, &visit):
-        breathe(vm)
-        visit.budget = DROP_CHUNK
-    change.dropped += visit.dropped
-
-
 cdef void count_kernel_steps(vm_t *vm) noexcept nogil:
     cdef uint32_t i
     for i in range(vm.context_count):
@@ -137,23 +121,22 @@ cdef void remove_host_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
     vm.canonical_leaves -= 1
 
 
-cdef void remove_host_leaves(vm_t *vm, uint64_t start, uint64_t end, bint chunked) noexcept nogil:
+cdef void remove_host_leaves(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
     """Remove the host leaves of a range that has no shadows left; they begin and end at its bounds."""
     cdef int level = 0
-    cdef uint64_t at = start, work = 0
+    cdef uint64_t at = start
     cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
     while slot:
         remove_host_leaf(vm, slot)
         at += level_span(vm.arena.granule_bits, level)
-        work += 1
-        if chunked and work % DROP_CHUNK == 0:
-            breathe(vm)
         slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
 
 
 cdef bint split_host_block(vm_t *vm, uint32_t slot, int level) noexcept nogil:
-    if not split_block(&vm.arena, slot, level):
-        return False
+    """Split a host block, evicting shadows for the table; False when even that does not help."""
+    while not split_block(&vm.arena, slot, level):
+        if not evict(vm, NO_CONTEXT, 0):
+            return False
     vm.canonical_leaves += (<uint64_t>1 << vm.arena.slot_bits) - 1
     return True
 
@@ -197,30 +180,73 @@ cdef bint split_at(vm_t *vm, uint64_t address) noexcept nogil:
             return False
 
 
-cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
-    """Remove host leaves and their shadows. A block partly covered is split, or dropped whole (also when no table
-    can be had for the split)."""
-    cdef bint chunked
-    while True:
-        if drop_partial:
-            start = widen_start(vm, start)
-            end = widen_end(vm, end)
-        chunked = register_active(vm, start, end)
-        drop_shadows(vm, start, end, chunked, change)
-        if split_at(vm, start) and split_at(vm, end):
-            break
-        drop_partial = True
+cdef uint64_t chunk_end(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Where a chunk of host leaves that starts at ``start`` ends; ``end`` when that is all."""
+    cdef uint64_t at = start
+    cdef int level = 0, _leaf
+    for _leaf in range(DROP_CHUNK):
+        if not next_leaf(&vm.arena, &vm.canonical, &at, end, &level):
+            return end
+        at += level_span(vm.arena.granule_bits, level)
+    return at if at < end else end
+
+
+cdef bint unmap_chunk(vm_t *vm, uint64_t start, uint64_t end, bint chunked, change_t *change) noexcept nogil:
+    """Remove the shadows and then the host leaves of a range, all in this exclusive section; False, with the host
+    leaves still there, when there are more shadows than one section should drop."""
+    cdef visit_t visit
+    cdef uint64_t before
+    cdef bint complete = True
+    if has_reverse_map(vm):
+        visit_init(&visit, OP_DROP, start, end)
         if chunked:
-            forget_active(vm, start, end)
-    note_change(vm, start, end)
-    remove_host_leaves(vm, start, end, chunked)
+            visit.budget = DROP_CHUNK
+        complete = visit_canonical(vm, &visit)
+        change.dropped += visit.dropped
+    if complete:
+        if not split_at(vm, start):
+            start = widen_start(vm, start)
+        if not split_at(vm, end):
+            end = widen_end(vm, end)
+        before = vm.removed
+        drop_shadows_at_once(vm, start, end)    # of what the widening added, if anything
+        change.dropped += vm.removed - before
+        note_change(vm, start, end)
+        remove_host_leaves(vm, start, end)
+    return complete
+
+
+cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, bint chunked,
+                       change_t *change) noexcept nogil:
+    """Remove host leaves and their shadows. A block partly covered is split, or dropped whole (also when no table
+    can be had for the split).
+
+    In chunks, the lock is let go between sections. Meanwhile faults in the range answer RETRY, and nothing may map a
+    block that reaches into it; each section leaves every invariant whole.
+    """
+    cdef uint64_t at, stop
+    if drop_partial:
+        start = widen_start(vm, start)
+        end = widen_end(vm, end)
+    if not has_reverse_map(vm):
+        count_kernel_steps(vm)
+        change.dropped += drop_everything(vm)
+        chunked = False                     # a fault between chunks would have to be swept up again
+    chunked = chunked and register_active(vm, start, end)
+    at = start
+    while at < end:
+        stop = chunk_end(vm, at, end) if chunked else end
+        if unmap_chunk(vm, at, stop, chunked, change):
+            at = stop
+        if at < end:
+            breathe(vm)
     if chunked:
         forget_active(vm, start, end)
 
 
 cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
     begin(vm, start, end, change)
-    unmap_locked(vm, start, end, drop_partial, change)
+    unmap_locked(vm, start, end, drop_partial, True, change)
     finish(vm, change)
 
 
@@ -257,7 +283,7 @@ cdef bint put_host_leaf(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const h
     """Install a leaf where nothing is mapped; False when a table cannot be had."""
     cdef int reached = 0
     cdef uint32_t slot = table_ensure(&vm.arena, &vm.canonical, cipa, level, &reached)
-    if not slot:
+    if not slot or reached != level or load64(vm.arena.words + slot):
         return False
     leaf_added(&vm.arena, slot, 0)
     vm.canonical_leaves += 1
@@ -299,14 +325,21 @@ cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_
     return True
 
 
+cdef void await_inactive(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Wait until no invalidation works on the range: what it has taken away must not come back before it is done."""
+    while overlaps_active(vm, start, end):
+        breathe(vm)
+
+
 cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs, uint64_t max_block,
                    change_t *change) noexcept nogil:
-    """Map a range in the largest blocks that fit, in place of what was there. False, and nothing changed, when the
-    tables cannot be had."""
+    """Map a range in the largest blocks that fit, in place of what was there, in one exclusive section. False, and
+    nothing changed, when the tables cannot be had."""
     cdef uint64_t at = cipa, done = 0
     cdef int level = 0
     cdef bint live
     begin(vm, cipa, cipa + size, change)
+    await_inactive(vm, cipa, cipa + size)
     live = next_leaf(&vm.arena, &vm.canonical, &at, cipa + size, &level) != 0
     if live and same_mapping(vm, cipa, pa, size, attrs):
         finish(vm, change)
@@ -315,15 +348,16 @@ cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const ho
         finish(vm, change)
         return False
     if live:
-        unmap_locked(vm, cipa, cipa + size, False, change)
+        unmap_locked(vm, cipa, cipa + size, False, False, change)
     while done < size:
         level = best_level(vm, cipa + done, pa + done, size - done, max_block)
         if not put_host_leaf(vm, cipa + done, pa + done, level, attrs):
             table_tidy(&vm.arena, &vm.canonical, cipa + done)
-            unmap_locked(vm, cipa, cipa + size, False, change)      # the bound was met before: only the arena itself
+            unmap_locked(vm, cipa, cipa + size, False, False, change)   # room was made: only the arena can end here
             finish(vm, change)
             return False
         done += level_span(vm.arena.granule_bits, level)
+    note_change(vm, cipa, cipa + size)
     finish(vm, change)
     return True
 
@@ -359,6 +393,8 @@ cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexce
         block = cipa & ~(span - 1)
         if block < region.start or block + span > region.start + region.size:
             continue
+        if overlaps_active(vm, block, block + span):
+            continue
         if vm.linear_fresh:
             pa = (vm.fresh_next + span - 1) & ~(span - 1)
             if (pa + span - 1) >> vm.features.pa_bits:
@@ -386,11 +422,10 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
         block = cipa & ~(span - 1)
         drop_sticking_out(vm, block, block + span, block, block + span / (<uint64_t>1 << vm.arena.slot_bits))
         note_change(vm, block, block + span)
-        while not split_host_block(vm, slot, level):
-            if not evict(vm, NO_CONTEXT, 0):
-                drop_shadows_at_once(vm, block, block + span)
-                remove_host_leaf(vm, slot)
-                return False
+        if not split_host_block(vm, slot, level):
+            drop_shadows_at_once(vm, block, block + span)
+            remove_host_leaf(vm, slot)
+            return False
 
 
 cdef void drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t inside_start,
@@ -473,7 +508,7 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
             change.dropped += dropped
         if not split_at(vm, first) or not split_at(vm, last):
             drop_shadows_at_once(vm, block, block + span)
-            remove_host_leaves(vm, block, block + span, False)
+            remove_host_leaves(vm, block, block + span)
             return block + span
         return first                        # again, with pieces that fit
     narrow_shadows(vm, first, last, perm, True, change)
@@ -500,15 +535,15 @@ cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, cha
             break
         at = protect_leaf(vm, slot, level, at, start, end, perm, change)
         work += 1
-        if work % NARROW_CHUNK == 0:
+        if work % DROP_CHUNK == 0 and has_reverse_map(vm):
             breathe(vm)
     note_change(vm, start, end)
     finish(vm, change)
 
 
 cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
-    """Take W from host leaves that overlap [start, end), and from all their shadows, leaf by leaf."""
-    cdef uint64_t at = start, work = 0, span
+    """Take W from host leaves that overlap [start, end), and from all their shadows."""
+    cdef uint64_t at = start, span
     cdef int level = 0
     cdef uint32_t slot
     while True:
@@ -519,21 +554,25 @@ cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end, change_t *chang
         narrow_shadows(vm, at, at + span, PERM_ALL & ~ACCESS_WRITE, False, change)
         store64(vm.arena.words + slot, load64(vm.arena.words + slot) & ~DESC_S2AP_W)
         at += span
-        work += 1
-        if work % NARROW_CHUNK == 0:
-            breathe(vm)
 
 
 cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, change_t *change) noexcept nogil:
-    """Switch dirty logging of some ranges; the bit arrays must be reserved."""
+    """Switch dirty logging of some ranges, a stretch of pages at a time; the bit arrays must be reserved."""
+    cdef uint64_t at, stop, stretch = <uint64_t>LOG_CHUNK_PAGES << vm.arena.granule_bits
     cdef uint32_t i
     begin(vm, 0, 0, change)
-    for i in range(count):
-        dirty_set_range(&vm.dirty, ranges[i].start, ranges[i].end, on)
     if on:
         narrow_everything(vm, PERM_ALL & ~ACCESS_WRITE)
-        for i in range(count):
-            withhold_write(vm, ranges[i].start, ranges[i].end, change)
+    for i in range(count):
+        at = ranges[i].start
+        while at < ranges[i].end:
+            stop = at + stretch if ranges[i].end - at > stretch else ranges[i].end
+            dirty_set_range(&vm.dirty, at, stop, on)
+            if on:
+                withhold_write(vm, at, stop, change)
+            at = stop
+            if has_reverse_map(vm) and at < ranges[i].end:
+                breathe(vm)
     finish(vm, change)
 
 

@@ -56,31 +56,31 @@ cdef inline int leaf_level(const vm_t *vm, uint32_t slot) noexcept nogil:
     return vm.arena.pages[page_of(&vm.arena, slot)].level
 
 
-cdef void owe_slot(vm_t *vm, uint32_t slot) noexcept nogil:
-    cdef const page_t *page = &vm.arena.pages[page_of(&vm.arena, slot)]
-    cdef uint64_t ipa = slot_ipa(&vm.arena, slot)
-    owe_leaf(&vm.owed, page.context, ipa, ipa + level_span(vm.arena.granule_bits, page.level), page.level)
-
-
 cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
     """Remove one live leaf from its table, its list and the counts."""
-    cdef uint64_t desc = load64(vm.arena.words + slot)
+    cdef uint64_t desc = load64(vm.arena.words + slot), ipa = slot_ipa(&vm.arena, slot)
+    cdef const page_t *page = &vm.arena.pages[page_of(&vm.arena, slot)]
+    cdef uint32_t context = page.context
+    cdef int level = page.level
+    cdef bint table_freed
     if vm.teardown == TEARDOWN_REVERSE_MAP:
         rmap_unlink(&vm.rmap, slot)
-    owe_slot(vm, slot)
-    leaf_removed(&vm.arena, slot, <int>read_tag(desc))
+    table_freed = leaf_removed(&vm.arena, slot, <int>read_tag(desc))
+    owe_leaf(&vm.owed, context, ipa, ipa + level_span(vm.arena.granule_bits, level), level, table_freed)
     vm.removed += 1
 
 
 cdef void narrow_leaf(vm_t *vm, uint32_t slot, uint8_t keep) noexcept nogil:
     """Take away every permission but ``keep``."""
-    cdef uint64_t desc = load64(vm.arena.words + slot)
+    cdef uint64_t desc = load64(vm.arena.words + slot), ipa
     cdef uint8_t perm = s2ap_xn_to_perm(desc, True)
     if not perm & ~keep:
         return
     desc &= ~(<uint64_t>0xC0 | DESC_XN)
     store64(vm.arena.words + slot, desc | perm_to_s2ap_xn(perm & keep, vm.features.xnx))
-    owe_slot(vm, slot)
+    ipa = slot_ipa(&vm.arena, slot)
+    owe_leaf(&vm.owed, vm.arena.pages[page_of(&vm.arena, slot)].context, ipa,
+             ipa + level_span(vm.arena.granule_bits, leaf_level(vm, slot)), leaf_level(vm, slot), False)
     vm.narrowed += 1
 
 
@@ -194,6 +194,13 @@ cdef bint holds_any(const page_t *page, uint8_t tags) noexcept nogil:
     return False
 
 
+cdef void free_empty(vm_t *vm, uint32_t page) noexcept nogil:
+    """An empty table on the exclusive side is what a fault left that found no memory."""
+    if not vm.arena.pages[page].is_root:
+        pin_page(&vm.arena, page)
+        unpin_page(&vm.arena, page)
+
+
 cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
     """Every leaf of a table page and below that overlaps the range and has one of the guest levels."""
     cdef page_t *meta = &vm.arena.pages[page]
@@ -201,7 +208,10 @@ cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
     cdef uint64_t first = 0, last = (<uint64_t>1 << vm.arena.slot_bits) - 1, i, desc, block = 0
     cdef uint32_t slot
     cdef bint complete = True
-    if not holds_any(meta, visit.tags):
+    if not meta.live:
+        free_empty(vm, page)
+        return True
+    if not holds_any(meta, visit.tags) and visit.tags != ALL_TAGS:
         return True
     if visit.end <= meta.ipa or visit.start > meta.ipa + ((last + 1) << shift) - 1:
         return True
@@ -254,6 +264,7 @@ cdef void drop_tables_in(vm_t *vm, uint32_t page) noexcept nogil:
     cdef uint64_t i, desc
     cdef uint32_t slot, child
     if not meta.live:
+        free_empty(vm, page)
         return
     pin_page(&vm.arena, page)
     for i in range(<uint64_t>1 << vm.arena.slot_bits):
@@ -261,7 +272,7 @@ cdef void drop_tables_in(vm_t *vm, uint32_t page) noexcept nogil:
         desc = load64(vm.arena.words + slot)
         if is_table(desc, meta.level):
             child = child_page(&vm.arena, desc)
-            if meta.level + 1 < FINAL_LEVEL:
+            if meta.level + 1 < FINAL_LEVEL or not vm.arena.pages[child].live:
                 drop_tables_in(vm, child)
             else:
                 vm.removed += vm.arena.pages[child].live
@@ -295,12 +306,19 @@ cdef uint64_t drop_everything(vm_t *vm) noexcept nogil:
     return vm.removed - before
 
 
+cdef void empty_whole(vm_t *vm, uint32_t index) noexcept nogil:
+    """Evict a whole context."""
+    cdef visit_t visit
+    owe_context(&vm.owed, index)
+    visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
+    visit_context(vm, &vm.contexts[index], &visit)
+
+
 cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:
     """Empty the least recently used context that no vCPU holds."""
     cdef context_t *context
     cdef context_t *coldest = NULL
     cdef uint32_t i, at = 0
-    cdef visit_t visit
     for i in range(vm.context_count):
         context = &vm.contexts[i]
         if context.valid and not context.refs and i != keep and not is_empty(vm, context):
@@ -309,9 +327,7 @@ cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:
                 at = i
     if coldest == NULL:
         return False
-    owe_context(&vm.owed, at)
-    visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
-    visit_context(vm, coldest, &visit)
+    empty_whole(vm, at)
     return True
 
 
@@ -340,12 +356,9 @@ cdef bint evict_leaf_table(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) n
 cdef bint evict_any_context(vm_t *vm) noexcept nogil:
     """The last resort: empty contexts that are in use too, one at a time."""
     cdef uint32_t i
-    cdef visit_t visit
     for i in range(vm.context_count):
         if vm.contexts[i].valid and not is_empty(vm, &vm.contexts[i]):
-            owe_context(&vm.owed, i)
-            visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
-            visit_context(vm, &vm.contexts[i], &visit)
+            empty_whole(vm, i)
             return True
     return False
 

@@ -137,7 +137,7 @@ cdef class GuestMemory:
         store_pointer(<void **>&self.map, map)
         store64(&self.epoch, self.epoch + 1)
         self.retired.append(old)
-        if load32(&self.users) == 0:
+        if fetch_add32(&self.users, 0) == 0:            # a full barrier between the new map and the look at its users
             self.retired.clear()
         return 0
 
@@ -250,6 +250,8 @@ cdef class GuestMemory:
         cdef size_t length = 0, done = 0, wanted = as_u64(n, "n")
         cdef uint64_t start = as_u64(cipa, "cipa")
         cdef const uint8_t *host
+        if wanted > ADDRESS_LIMIT:
+            raise ValueError(f"n must be at most 2^52, got {n}")
         cdef bytes data = PyBytes_FromStringAndSize(NULL, wanted)
         cdef char *out = data
         with self.lock:

@@ -43,7 +43,8 @@ ctypedef struct owed_t:
 cdef bint owed_init(owed_t *owed, uint32_t contexts, bint track) noexcept nogil
 cdef void owed_destroy(owed_t *owed) noexcept nogil
 cdef uint64_t owed_begin(owed_t *owed) noexcept nogil
-cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil
+cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level,
+                   bint table_freed) noexcept nogil
 cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil
 cdef void owe_stage1(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
                      bint last_level) noexcept nogil

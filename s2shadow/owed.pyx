@@ -70,9 +70,12 @@ cdef void append(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t e
         return
     if op == TLBI_IPA and owed.count:
         last = owed.rows + owed.count - 1
-        if (last.op == TLBI_IPA and last.seq == owed.seq and last.level == level and last.end == start
-                and last.host_vmid == vmid):
+        if (last.op == TLBI_IPA and last.seq == owed.seq and last.end == start and last.host_vmid == vmid
+                and (last.level == level or not last_level)):
             last.end = end
+            if not last_level:
+                last.last_level = 0
+                last.level = LEVEL_ANY
             return
     if owed.count == owed.capacity:
         collapse(owed)
@@ -91,13 +94,14 @@ cdef uint64_t owed_begin(owed_t *owed) noexcept nogil:
     return owed.seq
 
 
-cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
-    """The operation removed or narrowed a leaf."""
+cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level,
+                   bint table_freed) noexcept nogil:
+    """The operation removed or narrowed a leaf. Where a table went with it, walk caches must forget the table too."""
     cdef uint32_t vmid = context + FIRST_CONTEXT_VMID
     if not owed.track or owed.whole[vmid]:
         return
     pthread_mutex_lock(&owed.lock)
-    append(owed, TLBI_IPA, vmid, start, end, level, 0, True)
+    append(owed, TLBI_IPA, vmid, start, end, LEVEL_ANY if table_freed else level, 0, not table_freed)
     pthread_mutex_unlock(&owed.lock)
     if not owed.touched[vmid]:
         owed.touched[vmid] = 1

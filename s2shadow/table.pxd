@@ -52,6 +52,7 @@ ctypedef struct arena_t:
     uint32_t marker_limit
     uint32_t next_page          # pages from here on were never used
     uint32_t free_page          # head of the free list; free pages are zero
+    uint32_t free_pages
     uint8_t granule_bits
     uint8_t slot_bits
     uint8_t keeps_links         # shadow leaves have links (reverse map) or a cIPA (none) beside them
@@ -77,10 +78,10 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
 cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, int target, int *level) noexcept nogil
 cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil
 cdef void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil
-cdef void leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil
+cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil
 cdef void table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil
-cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil
+cdef void unpin_page(arena_t *arena, uint32_t page) noexcept nogil
 cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil
 cdef void drop_page_whole(arena_t *arena, uint32_t page) noexcept nogil
 cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end,

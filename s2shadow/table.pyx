@@ -82,7 +82,7 @@ cdef bint arena_has_room(arena_t *arena, uint64_t pages) noexcept nogil:
     """Whether ``pages`` more table pages fit under the bound and in the arena (exclusive side only)."""
     if arena.max_bytes and load64(&arena.used_bytes) + pages * page_cost(arena) > arena.max_bytes:
         return False
-    return arena.free_page != 0 or arena.next_page + pages < arena.page_limit
+    return arena.free_pages + <uint64_t>(arena.page_limit - arena.next_page) >= pages
 
 
 cdef uint32_t take_page(arena_t *arena) noexcept nogil:
@@ -94,6 +94,7 @@ cdef uint32_t take_page(arena_t *arena) noexcept nogil:
     page = arena.free_page
     if page:
         arena.free_page = arena.pages[page].next_free
+        arena.free_pages -= 1
     elif arena.next_page < arena.page_limit:
         page = arena.next_page
         arena.next_page += 1
@@ -113,6 +114,7 @@ cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
     pthread_mutex_lock(&arena.lock)
     arena.pages[page].next_free = arena.free_page
     arena.free_page = page
+    arena.free_pages += 1
     pthread_mutex_unlock(&arena.lock)
     arena_refund(arena, &arena.table_bytes, page_cost(arena))
 
@@ -126,10 +128,14 @@ cdef uint32_t reserve_root(arena_t *arena) noexcept nogil:
     return root
 
 
+cdef inline int largest_leaf_level(int granule_bits) noexcept nogil:
+    return 1 if granule_bits == 12 else 2
+
+
 cdef int start_level_for(int granule_bits, int ia_bits) noexcept nogil:
-    """The lowest table that can start a walk of ``ia_bits``, with up to 16 side by side; level 3 only where
-    SL0 names it without FEAT_TTST."""
-    cdef int level = 2 if granule_bits == 12 else 3
+    """The lowest table that can start a walk of ``ia_bits``, with up to 16 side by side; never below the level of the
+    largest leaf, which must have a slot."""
+    cdef int level = largest_leaf_level(granule_bits)
     while ia_bits > level_shift(granule_bits, level) + granule_bits - 3 + 4:
         level -= 1
     return level
@@ -139,8 +145,9 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
     """Shape an empty table; its root pages must hold nothing."""
     cdef int shift, i
     cdef page_t *page
-    if ia_bits < 25:                        # the smallest input size without FEAT_TTST
-        ia_bits = 25
+    cdef int smallest = level_shift(arena.granule_bits, largest_leaf_level(arena.granule_bits)) + 1
+    if ia_bits < smallest:                  # of that start level
+        ia_bits = smallest
     table.root = root
     table.context = context
     table.ia_bits = <uint8_t>ia_bits
@@ -173,10 +180,9 @@ cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int lev
     meta.context = table.context
     meta.level = <int8_t>(level + 1)
     meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
-    entry_added(arena, page_of(arena, slot))
     if cas64(arena.words + slot, &seen, table_desc(arena, page)):
+        entry_added(arena, page_of(arena, slot))
         return True
-    fetch_add16(&arena.pages[page_of(arena, slot)].live, <uint16_t>-1)
     give_page(arena, page)
     return False
 
@@ -241,30 +247,33 @@ cdef void holds_less(arena_t *arena, page_t *meta, int tag) noexcept nogil:
         meta = &arena.pages[page_of(arena, meta.parent)]
 
 
-cdef void entry_removed(arena_t *arena, uint32_t page) noexcept nogil:
-    """Count one valid entry less, and free tables that are empty now, upwards."""
+cdef bint entry_removed(arena_t *arena, uint32_t page) noexcept nogil:
+    """Count one valid entry less, and free tables that are empty now, upwards; True if one was."""
     cdef page_t *meta = &arena.pages[page]
     cdef uint32_t parent
+    cdef bint freed = False
     while fetch_add16(&meta.live, <uint16_t>-1) == 1:
         if meta.is_root:
             fetch_add64(&arena.table_bytes, -page_cost(arena))
             if meta.has_links:
                 meta.has_links = 0
                 arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
-            return
+            return freed
+        freed = True
         parent = meta.parent
         store64(arena.words + parent, 0)
         give_page(arena, page)
         page = page_of(arena, parent)
         meta = &arena.pages[page]
+    return freed
 
 
-cdef void leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
-    """Clear a leaf's slot and what counted it; empty tables go (exclusive side)."""
+cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
+    """Clear a leaf's slot and what counted it; empty tables go (exclusive side), True if one did."""
     cdef uint32_t page = page_of(arena, slot)
     store64(arena.words + slot, 0)
     holds_less(arena, &arena.pages[page], tag)
-    entry_removed(arena, page)
+    return entry_removed(arena, page)
 
 
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil:
@@ -272,11 +281,9 @@ cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil:
     fetch_add16(&arena.pages[page].live, 1)
 
 
-cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil:
-    """Let go of a page; False if it was empty and is freed now."""
-    cdef bint stays = arena.pages[page].live > 1 or arena.pages[page].is_root
+cdef void unpin_page(arena_t *arena, uint32_t page) noexcept nogil:
+    """Let go of a page; it is freed if it is empty now."""
     entry_removed(arena, page)
-    return stays
 
 
 cdef void table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil:

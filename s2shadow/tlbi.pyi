@@ -2,6 +2,11 @@ from typing import NamedTuple
 
 from s2shadow.features import Features
 
+REGIMES: tuple[str, ...]
+SCOPES: tuple[str, ...]
+SHAREABILITIES: tuple[str, ...]
+LAST_LEVEL: set[str]
+
 class UndefinedInstruction(ValueError): ...
 
 class Tlbi(NamedTuple):
@@ -26,3 +31,4 @@ def decode_tlbi(
     vtcr: int | None = None,
     dialect: str = "exact",
 ) -> Tlbi: ...
+def operation_name(op1: int, crn: int, crm: int, op2: int) -> str: ...

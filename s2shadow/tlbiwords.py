@@ -101,7 +101,7 @@ class Words:
         if tlbi.last_level:
             parts.insert(1, "last level only")
         if tlbi.nxs:
-            parts.append("need not wait for XS accesses")
+            parts.append("exempts XS accesses")
         return f"{tlbi.name}  {', '.join(parts)}"
 
     def target(self) -> str:

@@ -28,7 +28,8 @@ ACCESS_LIMIT = 32
 FINAL_LEVEL = 3
 
 Stage = Literal["combined", "stage2"]
-Tag = tuple[int, Stage, int | None, int, int, bool]  # host VMID, stage, ASID, log2 of the size, block number, last level
+# Host VMID, stage, ASID, log2 of the size, block number, last level.
+Tag = tuple[int, Stage, int | None, int, int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +278,9 @@ class TlbModel:
         tag = (entry.host_vmid, entry.stage, entry.asid, bits, entry.start >> bits, entry.last_level)
         if entry.last_level:
             for held in list(self._covering(entry.stage, entry.host_vmid, (entry.asid,), address, True)):
-                old = held.entry
-                if old.ptw and (old.start, old.size, old.pa, old.perm) == (entry.start, entry.size, entry.pa, entry.perm):
-                    entry = replace(entry, ptw=True)
-                self._remove(self._tag(old))
+                if held.entry == replace(entry, ptw=True):
+                    entry = held.entry
+                self._remove(self._tag(held.entry))
         elif tag in self._held:
             self._remove(tag)
         index, way = self._place(tag, entry.start >> bits)
@@ -371,9 +371,11 @@ class TlbModel:
         probes = sum(((end - 1) >> bits) - (start >> bits) + 1 for bits in self._sizes) if op == IPA else 0
         if op != IPA or probes > len(tags):
             return list(tags)
-        return [tag for bits in self._sizes for block in range(start >> bits, ((end - 1) >> bits) + 1)
-                for last_level in (True, False)
-                if (tag := (vmid, "stage2", None, bits, block, last_level)) in self._held]
+        found: list[Tag] = []
+        for bits in self._sizes:
+            for block in range(start >> bits, ((end - 1) >> bits) + 1):
+                found += [(vmid, "stage2", None, bits, block, last_level) for last_level in (True, False)]
+        return [tag for tag in found if tag in self._held]
 
 
 def _in_reach(entry: TlbEntry, start: int, end: int, level: int, last_level: bool) -> bool:

@@ -15,6 +15,12 @@ cdef extern from *:
     #include <pthread.h>
     #include <sched.h>
     typedef pthread_rwlock_t s2_rwlock_t;
+    /* S2SHADOW_STRESS builds let go of the lock as often as they can */
+    #ifdef S2SHADOW_STRESS
+    enum { S2_DROP_CHUNK = 2, S2_FAULT_CHUNK = 1 };
+    #else
+    enum { S2_DROP_CHUNK = 4096, S2_FAULT_CHUNK = 32 };
+    #endif
     static inline void s2_rwlock_init(s2_rwlock_t *l)
     {
         pthread_rwlockattr_t a;
@@ -35,13 +41,13 @@ cdef extern from *:
     int lock_exclusive "pthread_rwlock_wrlock"(rwlock_t *lock) noexcept nogil
     int unlock "pthread_rwlock_unlock"(rwlock_t *lock) noexcept nogil
     int sched_yield() noexcept nogil
+    const int DROP_CHUNK "S2_DROP_CHUNK"        # leaves removed or changed before the lock is let go for a moment
+    const int FAULT_CHUNK "S2_FAULT_CHUNK"      # faults of a batch under one shared section
 
 cdef enum:
     NO_CONTEXT = 0xFFFFFFFFu
     ACTIVE_RANGES = 64          # invalidations that may work in chunks at once
     CHANGES_KEPT = 64           # host changes that a populate in flight can be checked against
-    DROP_CHUNK = 4096           # leaves removed before the lock is let go for a moment
-    FAULT_CHUNK = 32            # faults of a batch under one shared section
 
 ctypedef enum teardown_t:
     TEARDOWN_REVERSE_MAP
@@ -105,6 +111,7 @@ ctypedef struct vcpu_t:
     uint64_t vttbr              # last loaded: what a TLBI acts under unless told otherwise
     uint64_t vtcr
     uint64_t hcr
+    uint64_t asked_cipa         # what STEP_POPULATE asks the embedder for
     uint32_t context
     uint32_t busy
     uint64_t kinds[8]
@@ -166,6 +173,15 @@ cdef inline bint is_active(const vm_t *vm, uint64_t cipa) noexcept nogil:
     cdef uint32_t i
     for i in range(vm.active_count):
         if vm.active[i].start <= cipa < vm.active[i].end:
+            return True
+    return False
+
+
+cdef inline bint overlaps_active(const vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Whether an invalidation is at work on any of [start, end): nothing new may be mapped there."""
+    cdef uint32_t i
+    for i in range(vm.active_count):
+        if vm.active[i].start < end and start < vm.active[i].end:
             return True
     return False
 

@@ -88,7 +88,7 @@ def test_every_operation_has_words(name, word):
                 assert f"{tlbi.start:#x}" in found.names
                 if name.startswith("R"):
                     assert f"[{tlbi.start:#x}, {tlbi.end:#x})" in found.names
-            if tlbi.level is not None:
+            if tlbi.level is not None and tlbi.start is not None:
                 assert f"level {tlbi.level} (" in found.names
             assert ("names nothing" in text) == (tlbi.scope in ("VA", "VAA", "IPA") and tlbi.start is None)
             sharing = {"NSH": "non-shareable", "IS": "inner shareable", "OS": "outer shareable"}[tlbi.shareability]
@@ -161,7 +161,7 @@ def test_by_range(lines, operand, options, expected):
         ("ALLE2", ["everything of EL2's stage 1", "no shadow leaf", "virtual EL2 regime"]),
         ("VMALLE1IS", ["everything, stage 1 of EL1&0 of the current VMID", "no shadow leaf", "{E2H,TGE}={1,1}"]),
         ("ASIDE1OS", ["by ASID, stage 1", "ASID 0", "Linux 7.2 does the same, inner shareable"]),
-        ("VAALE1NXS", ["by VA, any ASID", "last level only", "need not wait for XS accesses"]),
+        ("VAALE1NXS", ["by VA, any ASID", "last level only", "exempts XS accesses"]),
         ("RVAE2IS", ["by VA range, stage 1 of EL2"]),
         ("VAE2", ["ASID 0 if E2H=1"]),
     ],
