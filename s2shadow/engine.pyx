@@ -29,7 +29,7 @@ from s2shadow.host cimport (
 from s2shadow.leaf cimport find_cipa
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t
-from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_destroy, owed_init, owed_take
+from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_begin, owed_destroy, owed_end, owed_init, owed_take
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
 from s2shadow.table cimport (
     CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, is_table, next_leaf, page_of, page_t,
@@ -523,7 +523,7 @@ cdef class _Engine:
 
     cdef context_t *context_at(self, object index) except NULL:
         cdef int64_t i = index
-        if not 0 <= i < self.vm.context_count or not self.vm.contexts[i].valid:
+        if not 0 <= i < self.vm.context_count or not self.vm.contexts[i].generation:
             raise ValueError(f"no context with index {index}")
         return &self.vm.contexts[i]
 
@@ -1003,7 +1003,9 @@ cdef class VCPU:
                     span = level_span(vm.arena.granule_bits, level)
                 # What was resolved before a change of that range must not be installed after it.
                 if not (is_active(vm, cipa) or changed_since(vm, seq, cipa & ~(span - 1), (cipa & ~(span - 1)) + span)):
+                    owed_begin(&vm.owed)
                     stored = populate_block(vm, cipa & ~(span - 1), pa & ~(span - 1), span, &attrs)
+                    owed_end(&vm.owed)
             unlock(&vm.lock)
         if not stored:
             raise MemoryError(f"no room for the host table of {cipa:#x}")
@@ -1184,7 +1186,8 @@ cdef class NestedVM:
         """Take the TLB maintenance that L0 owes its hardware, oldest first: ``HW_TLBI_DTYPE`` array.
 
         ``op``: VMALLS12=0, IPA=1, VA=2, ASID=3, VMALL=4, ALL=5, VAA=6 (by VA, any ASID). A table page that an operation
-        emptied is reused at once: apply its rows before the vCPU goes on.
+        emptied is reused at once: apply its rows before the next fault is served. Rows are for the shadows; where the
+        hardware walks the canonical table too (host VMID 1), its own maintenance is for whoever changes it.
         """
         return self.engine.take_tlbis(limit)
 

@@ -20,7 +20,7 @@ from s2shadow.dirty cimport is_logged, mark_dirty
 from s2shadow.host cimport grant_write, populate_linear
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.memory cimport find_region, region_t
-from s2shadow.owed cimport owe_relaxed, owed_begin, owed_end
+from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.rmap cimport rmap_ensure, rmap_push, rmap_tidy
 from s2shadow.table cimport (
     DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, table_ensure, table_find, table_tidy,
@@ -289,7 +289,7 @@ cdef step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, b
         if not exclusive:
             return STEP_EXCLUSIVE
         if installed == INSTALL_NO_MEMORY:
-            table_tidy(&vm.arena, &context.shadow, ipa)
+            tidy_tables(vm, vcpu, ipa)
             if vm.teardown == TEARDOWN_REVERSE_MAP:
                 rmap_tidy(&vm.rmap, walked.pa)
             if not evict(vm, vcpu.context, ipa):
@@ -382,14 +382,23 @@ cdef bint relax_leaf(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t desc, uint6
     return True
 
 
+cdef void tidy_tables(vm_t *vm, vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
+    """Free the empty tables on the way to ``ipa``; the hardware may have cached the way to them."""
+    cdef context_t *context = &vm.contexts[vcpu.context]
+    cdef uint64_t page = ipa & ~(level_span(vm.arena.granule_bits, FINAL_LEVEL) - 1)
+    if ipa >> context.shadow.ia_bits:
+        return
+    if table_tidy(&vm.arena, &context.shadow, ipa):
+        owe_leaf(&vm.owed, vcpu.context, page, page + level_span(vm.arena.granule_bits, FINAL_LEVEL), FINAL_LEVEL, True)
+
+
 cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
     """The whole fault again on the exclusive side. First what the shared attempt may have left goes: it made tables and
     nodes and then found no memory, and L1's table may say something else by now."""
     cdef step_t step
     lock_exclusive(&vm.lock)
     owed_begin(&vm.owed)
-    if not ipa >> vm.contexts[vcpu.context].shadow.ia_bits:
-        table_tidy(&vm.arena, &vm.contexts[vcpu.context].shadow, ipa)
+    tidy_tables(vm, vcpu, ipa)
     if vm.teardown == TEARDOWN_REVERSE_MAP and not out.cipa >> vm.canonical.ia_bits:
         rmap_tidy(&vm.rmap, out.cipa)
     step = fault_step(vm, vcpu, ipa, access, True, out)

@@ -196,7 +196,7 @@ cdef bint unmap_chunk(vm_t *vm, uint64_t start, uint64_t end, bint chunked, chan
     leaves still there, when there are more shadows than one section should drop."""
     cdef visit_t visit
     cdef uint64_t before
-    cdef bint complete = True
+    cdef bint complete = True, widened = False
     if has_reverse_map(vm):
         visit_init(&visit, OP_DROP, start, end)
         if chunked:
@@ -206,11 +206,14 @@ cdef bint unmap_chunk(vm_t *vm, uint64_t start, uint64_t end, bint chunked, chan
     if complete:
         if not split_at(vm, start):
             start = widen_start(vm, start)
+            widened = True
         if not split_at(vm, end):
             end = widen_end(vm, end)
-        before = vm.removed
-        drop_shadows_at_once(vm, start, end)    # of what the widening added, if anything
-        change.dropped += vm.removed - before
+            widened = True
+        if widened:
+            before = vm.removed
+            drop_shadows_at_once(vm, start, end)
+            change.dropped += vm.removed - before
         note_change(vm, start, end)
         remove_host_leaves(vm, start, end)
     return complete
@@ -483,7 +486,7 @@ cdef void narrow_everything(vm_t *vm, uint8_t keep) noexcept nogil:
     if has_reverse_map(vm):
         return
     for i in range(vm.context_count):
-        if vm.contexts[i].valid:
+        if vm.contexts[i].generation:
             visit_init(&visit, OP_NARROW, 0, ~<uint64_t>0)
             visit.keep_perm = keep
             visit_context(vm, &vm.contexts[i], &visit)

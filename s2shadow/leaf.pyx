@@ -198,7 +198,16 @@ cdef void free_empty(vm_t *vm, uint32_t page) noexcept nogil:
     """An empty table on the exclusive side is what a fault left that found no memory."""
     if not vm.arena.pages[page].is_root:
         pin_page(&vm.arena, page)
-        unpin_page(&vm.arena, page)
+        release_page(vm, page)
+
+
+cdef void release_page(vm_t *vm, uint32_t page) noexcept nogil:
+    """Unpin a page; where that frees it, walk caches must forget it."""
+    cdef const page_t *meta = &vm.arena.pages[page]
+    cdef uint32_t context = meta.context
+    cdef uint64_t ipa = meta.ipa, span = level_span(vm.arena.granule_bits, meta.level) << vm.arena.slot_bits
+    if unpin_page(&vm.arena, page):
+        owe_leaf(&vm.owed, context, ipa, ipa + span, FINAL_LEVEL, True)
 
 
 cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
@@ -231,7 +240,7 @@ cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
             complete = visit_leaf(vm, slot, visit, block)
         if not complete:
             break
-    unpin_page(&vm.arena, page)
+    release_page(vm, page)
     return complete
 
 
@@ -279,7 +288,7 @@ cdef void drop_tables_in(vm_t *vm, uint32_t page) noexcept nogil:
                 drop_page_whole(&vm.arena, child)
         elif desc & DESC_VALID:
             drop_leaf(vm, slot)
-    unpin_page(&vm.arena, page)
+    release_page(vm, page)
 
 
 cdef void drop_tables(vm_t *vm, context_t *context) noexcept nogil:
@@ -295,8 +304,8 @@ cdef uint64_t drop_everything(vm_t *vm) noexcept nogil:
     cdef uint32_t i
     cdef visit_t visit
     for i in range(vm.context_count):
-        if not vm.contexts[i].valid or is_empty(vm, &vm.contexts[i]):
-            continue
+        if not vm.contexts[i].generation or is_empty(vm, &vm.contexts[i]):
+            continue                        # one that is being recycled has no owner, but leaves
         owe_context(&vm.owed, i)
         if vm.teardown != TEARDOWN_BLOW_AWAY_LEAN:
             visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
@@ -357,7 +366,7 @@ cdef bint evict_any_context(vm_t *vm) noexcept nogil:
     """The last resort: empty contexts that are in use too, one at a time."""
     cdef uint32_t i
     for i in range(vm.context_count):
-        if vm.contexts[i].valid and not is_empty(vm, &vm.contexts[i]):
+        if vm.contexts[i].generation and not is_empty(vm, &vm.contexts[i]):
             empty_whole(vm, i)
             return True
     return False

@@ -79,9 +79,9 @@ cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, i
 cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil
 cdef void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil
 cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil
-cdef void table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil
+cdef bint table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil
-cdef void unpin_page(arena_t *arena, uint32_t page) noexcept nogil
+cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil
 cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil
 cdef void drop_page_whole(arena_t *arena, uint32_t page) noexcept nogil
 cdef uint32_t next_leaf(const arena_t *arena, const table_t *table, uint64_t *ipa, uint64_t end,

@@ -281,18 +281,19 @@ cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil:
     fetch_add16(&arena.pages[page].live, 1)
 
 
-cdef void unpin_page(arena_t *arena, uint32_t page) noexcept nogil:
-    """Let go of a page; it is freed if it is empty now."""
-    entry_removed(arena, page)
+cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil:
+    """Let go of a page; it is freed if it is empty now, True if so."""
+    return entry_removed(arena, page)
 
 
-cdef void table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil:
-    """Free the empty tables that a failed ``table_ensure`` left on the way to ``ipa`` (exclusive side)."""
+cdef bint table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil:
+    """Free the empty tables that a failed ``table_ensure`` left on the way to ``ipa`` (exclusive side); True if any."""
     cdef int level = 0
     cdef uint32_t page = page_of(arena, table_find(arena, table, ipa, &level))
     if arena.pages[page].live == 0 and not arena.pages[page].is_root:
         pin_page(arena, page)
-        unpin_page(arena, page)
+        return unpin_page(arena, page)
+    return False
 
 
 cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil:

@@ -129,7 +129,7 @@ class TlbModel:
             self._sets = [[None] * self.ways for _ in range(self.entries // self.ways)]
             self._hands = [0] * len(self._sets)
         self._held: dict[Tag, _Held] = {}
-        self._by_vmid: dict[int, set[Tag]] = {}
+        self._by_owner: dict[tuple[int, Stage], set[Tag]] = {}  # by host VMID and stage
         self._sizes: dict[int, int] = {}  # how many entries of each log2 size, so that lookups probe no others
         self._clock = 0
         self._lock = threading.RLock()
@@ -286,7 +286,7 @@ class TlbModel:
         index, way = self._place(tag, entry.start >> bits)
         self._clock += 1
         self._held[tag] = _Held(entry, index, way, self._clock)
-        self._by_vmid.setdefault(entry.host_vmid, set()).add(tag)
+        self._by_owner.setdefault((entry.host_vmid, entry.stage), set()).add(tag)
         self._sizes[bits] = self._sizes.get(bits, 0) + 1
         return entry
 
@@ -317,7 +317,7 @@ class TlbModel:
 
     def _remove(self, tag: Tag) -> None:
         held = self._held.pop(tag)
-        self._by_vmid[tag[0]].discard(tag)
+        self._by_owner[tag[0], tag[1]].discard(tag)
         self._sizes[tag[3]] -= 1
         if not self._sizes[tag[3]]:
             del self._sizes[tag[3]]
@@ -345,37 +345,38 @@ class TlbModel:
             return self.invalidated - before
 
     def _invalidate(self, op: int, vmid: int, start: int, end: int, level: int, asid: int, last_level: bool) -> None:
-        tags = list(self._held) if op == ALL else self._candidates(op, vmid, start, end)
-        for tag in tags:
+        for tag in self._candidates(op, vmid, start, end):
             entry = self._held[tag].entry
-            if op in (ALL, VMALLS12):
-                named = True
-            elif op == IPA:
-                named = entry.stage == "stage2" and _in_reach(entry, start, end, level, last_level)
-            elif entry.stage == "stage2":
-                named = False
-            elif op == VMALL:
+            if op in (ALL, VMALLS12, VMALL):
                 named = True
             elif op == ASID:
                 named = entry.asid == asid
+            elif op == VA and entry.asid not in (None, asid):
+                named = False
             else:
-                named = ((op == VAA or entry.asid is None or entry.asid == asid)
-                         and _in_reach(entry, start, end, level, last_level))
+                named = _in_reach(entry, start, end, level, last_level)
             if named:
                 self._remove(tag)
                 self.invalidated += 1
 
     def _candidates(self, op: int, vmid: int, start: int, end: int) -> list[Tag]:
-        """Entries of a VMID; for a short range of IPAs only those that can be in it."""
-        tags = self._by_vmid.get(vmid, set())
-        probes = sum(((end - 1) >> bits) - (start >> bits) + 1 for bits in self._sizes) if op == IPA else 0
-        if op != IPA or probes > len(tags):
-            return list(tags)
+        """Entries of the VMID and the stage that an operation is about; for a short range of IPAs only those that can
+        be in it."""
+        if op == ALL:
+            return list(self._held)
+        combined = self._by_owner.get((vmid, "combined"), set())
+        stage2 = self._by_owner.get((vmid, "stage2"), set())
+        if op == VMALLS12:
+            return [*combined, *stage2]
+        if op != IPA:
+            return list(combined)
+        if sum(((end - 1) >> bits) - (start >> bits) + 1 for bits in self._sizes) > len(stage2):
+            return list(stage2)
         found: list[Tag] = []
         for bits in self._sizes:
             for block in range(start >> bits, ((end - 1) >> bits) + 1):
                 found += [(vmid, "stage2", None, bits, block, last_level) for last_level in (True, False)]
-        return [tag for tag in found if tag in self._held]
+        return [tag for tag in found if tag in stage2]
 
 
 def _in_reach(entry: TlbEntry, start: int, end: int, level: int, last_level: bool) -> bool:

@@ -359,6 +359,18 @@ def test_tracking_can_be_off():
     assert all(row["tlbis_per_event"] > 0 for row in rows.values())
 
 
+def test_extent_of_tlbis_is_recorded_and_used(monkeypatch):
+    """A storm has no TLBI of L1 in it, so that the leaves are the same either way."""
+    seen = []
+    real = s2.NestedVM
+    monkeypatch.setattr("s2shadow.engine.NestedVM", lambda *args, **kw: seen.append(kw["tlbi"]) or real(*args, **kw))
+    for mode in ("exact", "kvm72"):
+        result = run(small(tlbi=mode, teardown=("reverse-map",)))
+        assert result["config"]["tlbi"] == mode
+        assert result["policies"]["reverse-map"]["entries_removed"] == 30
+    assert seen == ["exact", "kvm72"]
+
+
 def test_interrupt_keeps_complete_rounds():
     def interrupt(policy, done):
         if policy == "blow-away" and done:
@@ -394,7 +406,7 @@ def test_garbage_collection_is_on_again():
     ({"seconds": 0}, "seconds must be positive"),
     ({"teardown": ()}, "teardown names no policy"),
     ({"teardown": ("prayer",)}, "teardown must be of reverse-map, blow-away, blow-away-lean, got 'prayer'"),
-    ({"tlbi": "loose"}, "tlbi must be one of exact, got"),
+    ({"tlbi": "loose"}, "tlbi must be one of exact, kvm72, got 'loose'"),
     ({"capture": "x"}, "capture and synthetic exclude each other"),
 ])
 def test_wrong_configurations(wrong, message):

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import lockstep
 from lockstep import BASES, GRANULES, SLOTS, K, Pair
 from model import tlbi as book
 from model.tlbi import HCR_E2H, HCR_TGE, OPERATIONS
@@ -22,7 +21,6 @@ RANGE_TTLS = (0, 0, RIGHT, RIGHT, 1, 2, 3)
 HIGH = (0, 0, 0, 0, 1 << 36, 1 << 38, 1 << 39, 1 << 42, 1 << 47)
 HCRS = (HCR_VM, HCR_VM, 0, HCR_VM | HCR_E2H, HCR_VM | HCR_E2H | HCR_TGE)
 WHO = ("same", "same", "same", "junk", "wide", "wide-junk", "other")
-CLASS = {"ALL": "ALL", "VMALLS12": "VMALLS12"}
 WIDE_VMID = 0x101  # with VTCR.VS=0 it is VMID 1
 
 
@@ -159,5 +157,3 @@ def load_wide(rng, pair):
 
 
 TLBIS = {tlbi_address: 120, tlbi_range: 120, tlbi_whole: 3, tlbi_stage1: 20, load_wide: 20}
-
-__all__ = ["TLBIS", "TlbiPair", "lockstep"]

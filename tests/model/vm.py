@@ -60,6 +60,10 @@ class ShadowLeaf:
     guest_level: int
     young: bool = True
 
+    def translation(self):
+        """All but permissions and use."""
+        return self.cipa, self.pa, self.size, self.memattr, self.sh, self.guest_level
+
 
 @dataclass
 class Context:
@@ -225,13 +229,16 @@ class VM:
         base, host = self.host_leaf(cipa)
         host.young = True
         under = self.within_region(cipa, Host(host.pa, host.size, host.now, host.memattr))
-        if self.mem.region(cipa)[2] == READ_ONLY or (self.is_logged(cipa, cipa + 1) and not access & WRITE):
+        if self.mem.region(cipa)[2] == READ_ONLY:
             under.perm &= ~WRITE
         made = combine(guest, under, self.features, vcpu.cfg.fwb, self.features.fwb, self.attributes)
         start = cipa & -made.size
         pa = host.pa + (start - base)
         new = ShadowLeaf(start, pa, made.size, made.perm, made.memattr, made.sh, made.guest_level)
-        self.put_shadow(self.contexts[vcpu.index], ipa & -made.size, new)
+        ctx = self.contexts[vcpu.index]
+        if self.is_logged(cipa, cipa + 1) and not access & WRITE:
+            new.perm &= ~(WRITE & ~earned(ctx.leaves.get(ipa & -made.size), new))
+        self.put_shadow(ctx, ipa & -made.size, new)
         return self.answer(MAPPED, vcpu, ipa, cipa, new)
 
     def within_region(self, cipa, host):
@@ -467,6 +474,13 @@ class VM:
             for ipa, leaf in ctx.leaves.items()
             if overlaps(leaf.cipa, leaf.size, page, page + self.page)
         )
+
+
+def earned(old, new):
+    """What a leaf in place already allows, if the new one is the same translation and takes nothing from it."""
+    if old and old.translation() == new.translation() and not old.perm & ~new.perm:
+        return old.perm
+    return 0
 
 
 def context_key(cfg):
