@@ -35,7 +35,7 @@ from s2shadow.table cimport (
     CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, is_table, next_leaf, page_of, page_t,
     reserve_root, slot_ipa, table_find, table_init, table_t,
 )
-from s2shadow.tlbi cimport TLBI_OK, tlbi_decode, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t, tlbi_t
+from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
@@ -676,7 +676,6 @@ cdef class _Engine:
 
     def tlbi_many(self, ops):
         cdef tlbi_op_t found
-        cdef tlbi_t decoded
         cdef tlbi_regs_t regs
         cdef tlbi_result_t result
         cdef uint8_t[::1] raw
@@ -708,8 +707,7 @@ cdef class _Engine:
                 regs.vtcr = rows[i].vtcr if rows[i].flags & 1 else vcpu.vtcr
                 regs.hcr = rows[i].hcr if rows[i].flags & 1 else vcpu.hcr
                 tlbi_lookup_word(rows[i].insn, &self.vm.features, &found)
-                tlbi_decode(&found, rows[i].xt, &self.vm.features, regs.vtcr, self.vm.tlbi_kvm72, &decoded)
-                apply_tlbi(&self.vm, &decoded, &regs, &result)
+                apply_tlbi(&self.vm, &found, rows[i].xt, &regs, &result)
                 removed[i] = result.removed
         return out
 
@@ -1055,7 +1053,6 @@ cdef class VCPU:
         """
         cdef vm_t *vm = &self.engine.vm
         cdef tlbi_op_t found
-        cdef tlbi_t decoded
         cdef tlbi_regs_t regs
         cdef tlbi_result_t result
         cdef uint64_t operand = as_u64(xt, "xt")
@@ -1066,8 +1063,7 @@ cdef class VCPU:
         tlbi_lookup(encoding[0], encoding[1], encoding[2], encoding[3], &vm.features, &found)
         self.enter()
         with nogil:
-            tlbi_decode(&found, operand, &vm.features, regs.vtcr, vm.tlbi_kvm72, &decoded)
-            apply_tlbi(vm, &decoded, &regs, &result)
+            apply_tlbi(vm, &found, operand, &regs, &result)
         self.leave()
         return TlbiResult(operation_name(*encoding), result.removed, result.required, result.contexts)
 

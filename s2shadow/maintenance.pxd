@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 
-from s2shadow.tlbi cimport tlbi_t
+from s2shadow.tlbi cimport tlbi_op_t
 from s2shadow.vm cimport vm_t
 
 # The state under which L1 issued an operation.
@@ -16,4 +16,5 @@ ctypedef struct tlbi_result_t:
     uint64_t required           # of the removed: those that the exact rule names
     uint32_t contexts           # that the operation named
 
-cdef void apply_tlbi(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tlbi_result_t *result) noexcept nogil
+cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs_t *regs,
+                     tlbi_result_t *result) noexcept nogil

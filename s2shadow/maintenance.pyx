@@ -22,6 +22,7 @@ from s2shadow.owed cimport (
 from s2shadow.table cimport table_find
 from s2shadow.tlbi cimport (
     NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
+    tlbi_decode, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
     CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, context_t, kernel_steps_per_context,
@@ -130,7 +131,9 @@ cdef uint64_t kvm72_size(vm_t *vm, const context_t *context, const tlbi_t *tlbi)
     return size if size else kvm72_largest(context.config.granule_bits)
 
 
-cdef void drop_as_kvm72(vm_t *vm, context_t *context, const tlbi_t *tlbi, tlbi_result_t *result) noexcept nogil:
+cdef void drop_as_kvm72(vm_t *vm, context_t *context, const tlbi_t *tlbi, const tlbi_t *exact,
+                        tlbi_result_t *result) noexcept nogil:
+    """What Linux removes; ``exact`` is the same operation as the architecture reads it, and decides what had to go."""
     cdef visit_t visit
     cdef uint64_t start = tlbi.start, end = tlbi.end, size
     if not tlbi.op.is_range:
@@ -139,10 +142,10 @@ cdef void drop_as_kvm72(vm_t *vm, context_t *context, const tlbi_t *tlbi, tlbi_r
         end = start + size
     visit_init(&visit, OP_DROP, start, end)
     visit.guest_granule_bits = context.config.granule_bits
-    visit.exact_start = tlbi.start
-    visit.exact_end = tlbi.end
-    if context.config.enabled and exact_granule(tlbi, context):
-        visit.exact_tags = hinted_tags(tlbi)
+    visit.exact_start = exact.start
+    visit.exact_end = exact.end
+    if context.config.enabled and not exact.names_nothing and exact_granule(exact, context):
+        visit.exact_tags = hinted_tags(exact)
     drop_chunked(vm, context, &visit)
     result.removed += visit.dropped
     result.required += visit.required
@@ -152,7 +155,8 @@ cdef bint exact_granule(const tlbi_t *tlbi, const context_t *context) noexcept n
     return not tlbi.granule_bits or tlbi.granule_bits == context.config.granule_bits
 
 
-cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tlbi_result_t *result) noexcept nogil:
+cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_t *exact, const tlbi_regs_t *regs,
+                       tlbi_result_t *result) noexcept nogil:
     """IPAS2*, RIPAS2*, VMALLS12E1* and ALLE1*."""
     cdef uint16_t vmid = decode_vmid(&vm.features, regs.vttbr, regs.vtcr)
     cdef context_t *context
@@ -171,13 +175,17 @@ cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tl
         elif tlbi.names_nothing:
             continue
         elif vm.tlbi_kvm72:
-            drop_as_kvm72(vm, context, tlbi, result)
+            drop_as_kvm72(vm, context, tlbi, exact, result)
         else:
             drop_extents(vm, context, tlbi, result)
 
 
-cdef void owe_one_stage1(vm_t *vm, const tlbi_t *tlbi, uint32_t host_vmid) noexcept nogil:
+cdef void owe_one_stage1(vm_t *vm, const tlbi_t *tlbi, uint32_t host_vmid, bint has_asid) noexcept nogil:
+    """Pass an operation on. Without an ASID in the regime (EL2 with E2H=0, where the field is RES0) any will do."""
     cdef int op = TLBI_VMALL
+    if tlbi.op.scope == SCOPE_VA and not has_asid:
+        owe_stage1(&vm.owed, TLBI_VAA, host_vmid, tlbi.start, tlbi.end, tlbi.level, 0, tlbi.op.last_level)
+        return
     if tlbi.op.scope == SCOPE_VA:
         op = TLBI_VA
     elif tlbi.op.scope == SCOPE_VAA:
@@ -195,12 +203,12 @@ cdef void apply_stage1(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tl
     if tlbi.names_nothing:
         return
     if tlbi.op.regime == REGIME_EL2_S1 or (regs.hcr >> HCR_E2H_BIT & 1 and regs.hcr >> HCR_TGE_BIT & 1):
-        owe_one_stage1(vm, tlbi, CANONICAL_VMID)
+        owe_one_stage1(vm, tlbi, CANONICAL_VMID, regs.hcr >> HCR_E2H_BIT & 1)
         return
     for i in range(vm.context_count):
         if vm.contexts[i].valid and vm.contexts[i].config.vmid == vmid:
             result.contexts += 1
-            owe_one_stage1(vm, tlbi, i + FIRST_CONTEXT_VMID)
+            owe_one_stage1(vm, tlbi, i + FIRST_CONTEXT_VMID, True)
 
 
 cdef tlbi_class_t class_of(const tlbi_t *tlbi) noexcept nogil:
@@ -211,16 +219,26 @@ cdef tlbi_class_t class_of(const tlbi_t *tlbi) noexcept nogil:
     return CLASS_ALL if tlbi.op.scope == SCOPE_ALL and tlbi.op.regime != REGIME_EL2_S1 else CLASS_STAGE1
 
 
-cdef void apply_tlbi(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tlbi_result_t *result) noexcept nogil:
+cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs_t *regs,
+                     tlbi_result_t *result) noexcept nogil:
     """Do what L1 asked for, under the registers that it had then; no context is acquired."""
-    cdef tlbi_class_t kind = class_of(tlbi)
+    cdef tlbi_t exact, linux
+    cdef const tlbi_t *tlbi = &exact
+    cdef tlbi_class_t kind
+    cdef uint64_t machine_vtcr
+    tlbi_decode(op, xt, &vm.features, regs.vtcr, False, &exact)
+    if vm.tlbi_kvm72:                       # Linux cuts a range at the machine's address size
+        machine_vtcr = regs.vtcr & ~<uint64_t>0x3F | <uint64_t>(64 - vm.features.pa_bits)
+        tlbi_decode(op, xt, &vm.features, machine_vtcr, True, &linux)
+        tlbi = &linux
+    kind = class_of(tlbi)
     memset(result, 0, sizeof(tlbi_result_t))
     lock_exclusive(&vm.lock)
     owed_begin(&vm.owed)
     if kind == CLASS_STAGE1:
         apply_stage1(vm, tlbi, regs, result)
     else:
-        apply_stage2(vm, tlbi, regs, result)
+        apply_stage2(vm, tlbi, &exact, regs, result)
     owed_end(&vm.owed)
     vm.tlbi_operations[<int>kind] += 1
     vm.tlbi_contexts[<int>kind] += result.contexts
