@@ -79,5 +79,5 @@ def test_fewer_permissions_are_fine(r):
 
 @pytest.mark.parametrize("bit", [1, 11, 48, 49, 50, 51, 52, 59, 63])
 def test_stray_bits(r, bit):
-    """Bits that the engine never writes: hardware would read the leaf otherwise than the engine does. (58 is its own.)"""
+    """Bits that the engine never writes: hardware would read the leaf otherwise than the engine does. 58 is its own."""
     broken(r, 0, 0, 1 << bit)

@@ -464,8 +464,9 @@ class Machine:
         elif level == 3:
             table.map(ipa, self.page(table.granule), 3, perm=perm)
             if old.fault and old.level < 3:
-                for n in range(1, 8):  # nothing at all was here
-                    table.map(ipa + n * table.granule & -table.size(3), self.page(table.granule))
+                block = ipa & -table.size(2)  # nothing at all was in it: more pages need no invalidation
+                for n in range(1, 8):
+                    table.map(block + (ipa + n * table.granule) % table.size(2), self.page(table.granule))
         else:
             table.map(ipa, DATA + self.rng.randrange(2) * 2 * M & -table.size(2), 2, perm=perm)
         leaf_level = None if old.fault else old.level
