@@ -28,7 +28,7 @@ from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear
 from s2shadow.memory import GuestMemory, Region
 from s2shadow.tlbi import Tlbi, UndefinedInstruction, decode_tlbi
-from s2shadow.tlbmodel import TlbModel
+from s2shadow.tlbmodel import TlbEntry, TlbModel
 from s2shadow.walker import LEAF_DTYPE, WALK_DTYPE, Walk, leaves, walk, walk_many
 
 __version__ = _version("s2shadow")
@@ -60,6 +60,7 @@ __all__ = [
     "Stats",
     "Tlbi",
     "TlbiCounters",
+    "TlbEntry",
     "TlbModel",
     "TlbiResult",
     "UndefinedInstruction",
