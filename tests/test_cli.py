@@ -106,7 +106,7 @@ def test_module_and_exit_code():
 
 def test_help_does_not_load_what_it_does_not_need():
     code = "import sys; from s2shadow.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
-           "print([m for m in ('rich', 'matplotlib', 's2shadow.storm', 'json') if m in sys.modules])"
+           "print([m for m in ('rich', 'matplotlib', 's2shadow.storm', 's2shadow.report') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
 
