@@ -11,8 +11,6 @@ cdef extern from *:
         return p == MAP_FAILED ? NULL : p;
     }
     static inline void s2_release(void *p, size_t size) { if (p) munmap(p, size); }
-    static inline void s2_discard(void *p, size_t size) { if (p) madvise(p, size, MADV_DONTNEED); }
     """
     void *reserve "s2_reserve"(size_t size) noexcept nogil                  # zeroed, or NULL
     void release "s2_release"(void *address, size_t size) noexcept nogil
-    void discard "s2_discard"(void *address, size_t size) noexcept nogil    # zero again, memory given back
