@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from s2shadow.commands import (
     storm,
+    sweep,
     tlbi,
     walk,
 )
@@ -29,6 +30,7 @@ COMMANDS = (
     storm,
     walk,
     tlbi,
+    sweep,
 )
 
 

@@ -35,10 +35,12 @@ at once, whatever the executor's threads are.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import multiprocessing.connection
 import multiprocessing.context
 import os
+import re
 import signal
 import socket
 import threading
@@ -51,7 +53,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from s2shadow.journal import Journal, JournalError
@@ -90,6 +92,7 @@ events      = 200
 OUTPUT_FORMATS = (".csv", ".parquet")
 MOST_POINTS = 100_000
 RETRIES = 2
+WAKE_SECONDS = 0.02
 KEYS: dict[str, type] = {
     "capture": str, "vm": int, "contexts": int, "pages": int, "aliases": int, "block_mix": float, "events": int,
     "event_pages": int, "write": bool, "teardown": str, "tlbi": str, "seed": int, "seconds": float, "min_events": int,
@@ -177,11 +180,16 @@ def check_value(key: str, value: Any, where: str) -> Any:
     wanted = KEYS[key]
     if wanted is float and type(value) is int:
         value = float(value)
-    if type(value) is not wanted or value in (math.inf, -math.inf) or value != value:
+    if not fits(wanted, value):
         raise SpecError(f"{where}: {key} must be {TYPE_WORDS[wanted]}, got {toml_text(value)}")
     if wanted is int and abs(value) >= 1 << 63:
         raise SpecError(f"{where}: {key} must be below 2^63, got {value}")
     return value
+
+
+def fits(wanted: type, value: Any) -> bool:
+    """``true`` is not a whole number here, and ``nan`` and ``inf`` are not numbers."""
+    return type(value) is wanted and (not isinstance(value, float) or math.isfinite(value))
 
 
 def toml_text(value: Any) -> str:
@@ -259,6 +267,8 @@ def reason(error: BaseException) -> str:
         return f"out of memory: {text}" if text else "out of memory"
     if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
         return "the worker died"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     if isinstance(error, ValueError | RuntimeError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -329,16 +339,55 @@ def dask_executor(address: str, timeout: float = 30) -> Iterator[tuple[Executor,
     except ImportError:
         raise SweepError("a sweep on Dask needs distributed, which is not installed: "
                          "pip install 's2shadow[dask]'") from None
-    where = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
     try:
-        client = Client(**where, timeout=min(timeout, 10), set_as_default=False)
+        client = Client(scheduler_address(address), timeout=min(timeout, 10), set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
         raise SweepError(f"no Dask scheduler at {address}: {reason(error)}") from None
     try:
         check_dask_workers(client, address, timeout)
-        yield client.get_executor(pure=False), len(client.nthreads())
+        yield DaskExecutor(client, address), len(client.nthreads())
     finally:
         client.close(timeout=1)
+
+
+class DaskExecutor(Executor):
+    """The client's own executor, but for a lost scheduler: Dask then cancels what is under way, and takes new work and
+    never answers. Here new work waits until the client is connected again, or is refused once it has given up.
+    """
+
+    def __init__(self, client: Any, address: str):
+        self.client, self.address = client, address
+        self.inner = client.get_executor(pure=False)
+
+    def submit(self, *args: Any, **keywords: Any) -> Future[Any]:
+        while self.client.status == "connecting":
+            time.sleep(WAKE_SECONDS)
+        if self.client.status != "running":
+            raise SweepError(f"lost the Dask scheduler at {self.address}")
+        future: Future[Any] = self.inner.submit(*args, **keywords)
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self.inner.shutdown(wait=wait and not cancel_futures)
+
+
+def scheduler_address(text: str) -> str:
+    """Checked here: ``Client`` waits for a scheduler file for ever, and for long after an address without a port."""
+    if text.endswith(".json"):
+        try:
+            found = json.loads(Path(text).read_bytes())["address"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SweepError(f"cannot use {text} as Dask's scheduler file: {reason(error)}") from None
+        text = str(found)
+    if not re.search(r":\d+/?$", text):
+        raise SweepError(f"a Dask address has a port, such as tcp://10.0.0.1:8786; got {text}")
+    return text
+
+
+def own_version() -> str:
+    from importlib.metadata import version
+
+    return version("s2shadow")
 
 
 def check_dask_workers(client: Any, address: str, timeout: float) -> None:
@@ -348,7 +397,7 @@ def check_dask_workers(client: Any, address: str, timeout: float) -> None:
         client.wait_for_workers(1, timeout=timeout)
     except TimeoutError:
         raise SweepError(f"the Dask cluster at {address} has no workers") from None
-    ours = version("s2shadow")
+    ours = own_version()
     for worker, theirs in client.run(version, "s2shadow", on_error="return").items():
         if theirs != ours:
             what = "no s2shadow" if isinstance(theirs, Exception) else f"s2shadow {theirs}"
@@ -390,7 +439,7 @@ class Crew:
         self.waiting.extend(Task(config) for config in configs)
         self.send()
         while self.flying:
-            future = self.ended.get()
+            future = self.next_ended()
             task = self.flying.pop(future)
             try:
                 outcome = future.result()
@@ -403,6 +452,14 @@ class Crew:
             else:
                 yield task, outcome
             self.send()
+
+    def next_ended(self) -> Future[dict[str, Any]]:
+        """Wakes up now and then: a library's handler for Ctrl-C (polars has one) can let a wait without end go on."""
+        while True:
+            try:
+                return self.ended.get(timeout=WAKE_SECONDS)
+            except Empty:
+                continue
 
     def lost(self, task: Task, error: Exception) -> dict[str, Any] | None:
         """The worker failed: the task goes back into a queue, or failed for good."""
@@ -437,6 +494,8 @@ class Crew:
                 raise SweepError(f"the workers cannot be started: {reason(error)}") from None
             self.broken = True
             return
+        except SweepError:
+            raise
         except Exception as error:
             raise SweepError(f"the executor takes no more work: {reason(error)}") from None
         self.fresh = False
@@ -518,6 +577,11 @@ def config_columns(config: StormConfig) -> dict[str, Any]:
     return {f"{name}_limit" if name in limits else name: value for name, value in values.items()}
 
 
+def plan_columns(plan: Sequence[StormConfig]) -> list[dict[str, Any]]:
+    """What the rows of these points say before any of them has run."""
+    return [config_columns(config) for config in plan]
+
+
 def outcome_columns(record: dict[str, Any], policy: str, base: dict[str, Any] | None) -> dict[str, Any]:
     from s2shadow.report import flatten
 
@@ -527,9 +591,8 @@ def outcome_columns(record: dict[str, Any], policy: str, base: dict[str, Any] | 
     result = record["result"]
     measured = result["policies"][policy]
     columns = {name: value for name, value in flatten(measured).items() if name != "interrupted"}
-    if base is not None:
-        columns["total_times_reverse_map"] = (measured["total_ns_per_event"]
-                                              / base["result"]["policies"][REVERSE_MAP]["total_ns_per_event"])
+    columns["total_times_reverse_map"] = None if base is None else (
+        measured["total_ns_per_event"] / base["result"]["policies"][REVERSE_MAP]["total_ns_per_event"])
     columns |= flatten({"floor": result.get("floor", {})})
     return {"error": None, **columns, **run_columns, **result["machine"]}
 
@@ -648,9 +711,12 @@ def run_missing(plan: Sequence[StormConfig], results: Results, journal: Journal,
     except KeyboardInterrupt:
         interrupted = True
         crew.stop()
-    except BaseException:
+    except BaseException as error:
         crew.stop()
         write_rows(results.rows(plan), output)
+        if isinstance(error, SweepError):
+            raise SweepError(f"{error}; {before + done - failed:,} of {len(plan):,} points are in "
+                             f"{os.fspath(output)}") from None
         raise
     rows = results.rows(plan)
     write_rows(rows, output)
@@ -682,9 +748,10 @@ def parquet_bytes(rows: Sequence[dict[str, Any]]) -> bytes:
     import polars
 
     types = {str: polars.String, int: polars.Int64, float: polars.Float64, bool: polars.Boolean}
-    known = {name: types[KEYS[name]] for name in ("capture", "vm")} | {"error": polars.String, "host": polars.String}
+    known = {name: types[kind] for name, kind in KEYS.items()}
+    known |= {"error": polars.String, "host": polars.String, "workers": polars.Int64}
     frame = polars.DataFrame(rows, infer_schema_length=None,
                              schema_overrides={name: kind for name, kind in known.items() if name in rows[0]})
     out = io.BytesIO()
-    frame.write_parquet(out)
+    frame.with_columns(polars.selectors.by_dtype(polars.Null).cast(polars.Float64)).write_parquet(out)
     return out.getvalue()
