@@ -43,6 +43,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import tomllib
@@ -127,7 +128,7 @@ def load_spec(file: str | os.PathLike[str]) -> Spec:
     """Read and check a spec; ``-`` is stdin. ``SpecError`` for anything that is wrong with it."""
     name = "stdin" if os.fspath(file) == "-" else os.fspath(file)
     try:
-        data = Path("/dev/stdin" if name == "stdin" else file).read_bytes()
+        data = sys.stdin.buffer.read() if name == "stdin" else Path(file).read_bytes()
     except (OSError, ValueError) as error:
         raise SpecError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
     folder = Path(".") if name == "stdin" else Path(file).parent

@@ -180,10 +180,10 @@ def closing_lines(result: SweepResult, hints: bool) -> list[Line]:
                           "yellow"))
     if result.interrupted:
         kept = f"{result.finished:,} of {result.points:,} points are in {result.output}"
-        lines.append(Line(f"Interrupted: {kept}; the same command goes on from there.", "yellow"))
+        lines.append(Line(f"Interrupted: {kept}; the same sweep, without --restart, goes on from there.", "yellow"))
     elif failures:
-        lines.append(Line(f"{result.finished:,} of {result.points:,} points are in {result.output}; the same command "
-                          "tries the others again.", "bold"))
+        lines.append(Line(f"{result.finished:,} of {result.points:,} points are in {result.output}; the same sweep, "
+                          "without --restart, tries the others again.", "bold"))
     else:
         tail = "   picture: --plot FILE" if hints else ""
         lines.append(Line(f"{len(result.rows):,} rows, one per point and policy, are in {result.output}.{tail}",

@@ -1,6 +1,7 @@
 """Sweeps: specs, the journal, executors whose workers die, results that go on where they stopped."""
 
 import builtins
+import io
 import json
 import math
 import os
@@ -717,6 +718,40 @@ def test_command_without_running(run, spec):
     assert not Path("spec.csv").exists()
 
 
+def test_command_reads_stdin(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{TINY}pages = [8, 16]\n".encode())))
+    code, out, _ = run("-", "-o", "x.csv")
+    assert code == 0 and "stdin: 2 points over pages" in out and len(read_csv("x.csv")) == 6
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
+def test_progress_is_for_terminals(monkeypatch, rich):
+    from s2shadow.commands.sweep import progress
+
+    if rich:
+        pytest.importorskip("rich", reason="rich (the extra cli) is not installed")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.progress", None)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with progress(stream) as show:
+        show(10, 120, 0)
+        show(40, 120, 2)
+    text = stream.getvalue()
+    assert "40 of 120 points, 2 failed" in text and "left" in text and "\x1b[3" not in text
+    assert text.endswith("\x1b[K") or "\x1b[2K" in text           # gone at the end
+    with progress(io.StringIO()) as show:
+        assert show is None
+
+
 @pytest.mark.parametrize("argv, message", [
     ([], "sweep needs a SPEC.toml; --example prints one"),
     (["none.toml"], "cannot read none.toml: No such file"),
@@ -738,7 +773,7 @@ def test_command_line_mistakes(run, spec, argv, message, monkeypatch):
     pytest.importorskip("matplotlib", reason="--plot needs matplotlib, which is not installed")
     spec("pages = [8, 16]")
     Path("capture.toml").write_text("capture = 'gone'\n")
-    monkeypatch.setattr("s2shadow.sweep.Path", lambda file: Path("spec.toml" if file == "/dev/stdin" else file))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"pages = 8")))
     code, out, err = run(*argv)
     assert (code, out) == (2, "") and err.startswith("s2shadow: ") and err.count("\n") == 1 and message in err, err
     assert sorted(file.name for file in Path().iterdir()) == ["capture.toml", "spec.toml"]
