@@ -76,6 +76,12 @@ class Journal:
         os.ftruncate(self.file, whole)
         os.lseek(self.file, whole, os.SEEK_SET)
 
+    def reread(self) -> None:
+        """Hold what the file holds, after an interrupt in the middle of anything."""
+        os.lseek(self.file, 0, os.SEEK_SET)
+        self.records.clear()
+        self.read()
+
     def write_heading(self) -> None:
         os.ftruncate(self.file, 0)
         os.lseek(self.file, 0, os.SEEK_SET)

@@ -548,6 +548,16 @@ class Results:
                 self.finished[key] = record
                 self.failed.pop(key, None)
 
+    @classmethod
+    def of(cls, records: Sequence[dict[str, Any]]) -> Results:
+        results = cls()
+        for record in records:
+            results.add(record)
+        return results
+
+    def finished_points(self, plan: Sequence[StormConfig]) -> int:
+        return sum(not self.missing(config) for config in plan)
+
     def missing(self, config: StormConfig) -> tuple[str, ...]:
         key = point_key(config)
         return tuple(policy for policy in config.teardown if (key, policy) not in self.finished)
@@ -600,9 +610,10 @@ def outcome_columns(record: dict[str, Any], policy: str, base: dict[str, Any] | 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """``points`` of the spec: ``before`` of them were finished already, ``finished`` are now, ``failed`` are not for a
-    reason that their rows give (``error``), the others were not reached. ``retried`` counts the tries that a worker's
-    death cost. ``rows`` is what the output holds."""
+    """``points`` of the spec: ``before`` of them were finished already, ``finished`` are now, ``failed`` are not, for
+    the reason that their rows give (``error``), and the others were not reached. ``retried`` counts the tries that the
+    deaths of workers cost. ``rows`` is what the output holds.
+    """
 
     spec: str
     output: str
@@ -666,12 +677,10 @@ def check_output(output: str | os.PathLike[str]) -> None:
 
 def read_results(journal: Journal, plan: Sequence[StormConfig], spec: Spec, output: str | os.PathLike[str]) -> Results:
     """What is finished already; ``SweepError`` if the plan does not hold all of it."""
-    results = Results()
-    for record in journal.records:
-        try:
-            results.add(record)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise SweepError(f"{journal.path}: a record of another version: {reason(error)}") from None
+    try:
+        results = Results.of(journal.records)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise SweepError(f"{journal.path}: a record of another version: {reason(error)}") from None
     wanted = {(point_key(config), policy) for config in plan for policy in config.teardown}
     strange = [key for key in results.finished if key not in wanted]
     if strange:
@@ -695,11 +704,10 @@ def run_missing(plan: Sequence[StormConfig], results: Results, journal: Journal,
                 output: str | os.PathLike[str], progress: Progress | None, workers: int | None) -> SweepResult:
     todo = [replace(config, teardown=missing) for config in plan if (missing := results.missing(config))]
     before = len(plan) - len(todo)
-    done = failed = 0
-    interrupted = False
+    done, failed, interrupted = before, 0, False
     try:
         if progress is not None:
-            progress(before, len(plan), 0)
+            progress(done, len(plan), failed)
         for task, outcome in crew.outcomes(todo):
             record = make_record(task, outcome, workers)
             journal.append(record)
@@ -707,22 +715,24 @@ def run_missing(plan: Sequence[StormConfig], results: Results, journal: Journal,
             failed += "error" in record
             done += 1
             if progress is not None:
-                progress(before + done, len(plan), failed)
+                progress(done, len(plan), failed)
         crew.dismiss()
     except KeyboardInterrupt:
         interrupted = True
         crew.stop()
+        journal.reread()
+        results = Results.of(journal.records)
     except BaseException as error:
         crew.stop()
         write_rows(results.rows(plan), output)
         if isinstance(error, SweepError):
-            raise SweepError(f"{error}; {before + done - failed:,} of {len(plan):,} points are in "
+            raise SweepError(f"{error}; {results.finished_points(plan):,} of {len(plan):,} points are in "
                              f"{os.fspath(output)}") from None
         raise
     rows = results.rows(plan)
     write_rows(rows, output)
-    return SweepResult(spec.file, os.fspath(output), len(plan), before, before + done - failed, failed, crew.retried,
-                       interrupted, rows)
+    return SweepResult(spec.file, os.fspath(output), len(plan), before, results.finished_points(plan),
+                       len({row["point"] for row in rows if row["error"] is not None}), crew.retried, interrupted, rows)
 
 
 def make_record(task: Task, outcome: dict[str, Any], workers: int | None) -> dict[str, Any]:

@@ -427,6 +427,28 @@ def test_an_interrupted_sweep_goes_on(spec, output):
     assert run_sweep(found, third, output).before == 6 and third.ran == []
 
 
+@pytest.mark.parametrize("where", ["write", "fsync"])
+def test_an_interrupt_while_a_point_is_stored(spec, output, monkeypatch, where):
+    """Half a record in the journal, or a whole one that is not counted yet."""
+    found = spec("pages = 8\nseed = [1, 2, 3]\nteardown = 'reverse-map'")
+    real, calls = getattr(os, where), []
+
+    def interrupt(file, *data):
+        calls.append(file)
+        if len(calls) != 3:             # the heading, a point, a point
+            return real(file, *data)
+        if where == "write":
+            real(file, data[0][:-5])
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(os, where, interrupt)
+        result = run_sweep(found, Here(), output, in_flight=1)
+    kept = 1 if where == "write" else 2
+    assert result.interrupted and result.finished == len(result.rows) == len(read_csv(output)) == kept
+    again = Here()
+    assert run_sweep(found, again, output).before == kept and len(again.ran) == 3 - kept
+
+
 def test_a_sweep_cut_off_at_any_byte_goes_on(spec, output):
     """As after a power failure: whatever the journal still holds is kept, and no more is run than what is missing."""
     found = spec("pages = 8\nseed = [1, 2, 3]\nteardown = 'reverse-map'")
