@@ -25,7 +25,8 @@ a grid takes the place of the key above.
 **Results** are one row per point and policy. A finished point goes to a journal beside the output (``OUTPUT.journal``)
 before the next one is counted, and the output, CSV or Parquet by its ending, is written from the journal whenever the
 sweep ends, by Ctrl-C too. The next run with that output skips what is finished and tries again what failed. Its spec
-may have more points or policies than before, not fewer.
+may have more points or policies than before, not fewer. ``worker_deaths`` of a row are those that reached the sweep:
+Dask itself tries a point again a few times before it says so.
 
 **Fair timing.** Storms that run at once on one machine share its memory bandwidth and its last-level cache, and slow
 each other down. Each row says where it ran and how many ``workers`` the sweep had. One process never runs two storms
