@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from s2shadow import sweep
+from s2shadow import sweepworkers
 from s2shadow.cli import main
 from s2shadow.sweep import SweepError, dask_executor, load_spec, run_sweep
 from sweepwork import TINY, Deadly, read_csv
@@ -89,8 +89,8 @@ def test_dask_from_the_command_line(cluster, spec, output, capsys):
 
 
 def test_dask_workers_of_another_version(cluster, monkeypatch):
-    ours = sweep.own_version()
-    monkeypatch.setattr(sweep, "own_version", lambda: "0.0.7")
+    ours = sweepworkers.own_version()
+    monkeypatch.setattr(sweepworkers, "own_version", lambda: "0.0.7")
     with pytest.raises(SweepError, match=f"Dask worker tcp.* has s2shadow {re.escape(ours)}; this is 0.0.7"), \
             dask_executor(cluster.scheduler_address):
         pass
@@ -121,7 +121,7 @@ def test_dask_scheduler_that_goes_away(cluster, spec, output):
             if done == 1:
                 lost.status = "closed"
         with pytest.raises(SweepError, match="lost the Dask scheduler at tcp://h:1; 1 of 3 points are in"):
-            run_sweep(found, sweep.DaskExecutor(lost, "tcp://h:1"), output, lose, in_flight=1)
+            run_sweep(found, sweepworkers.DaskExecutor(lost, "tcp://h:1"), output, lose, in_flight=1)
     assert [row["seed"] for row in read_csv(output)] == ["1"] * 3
 
 
