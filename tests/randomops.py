@@ -1,6 +1,8 @@
 """A seeded stream of operations on a lockstep.Pair: what L2, L1 and the host do, so that shadows stay full."""
 
-from lockstep import ALIASES, DATA, DATA_PAGES, SLOTS
+from lockstep import ALIASES, DATA_PAGES, SLOTS
+from rig import MRO
+from s2shadow import HCR_CD, HCR_PTW
 
 PERMS = ("r", "rw", "rx", "rwx", "rwx", "rwx", "w", "rp", "ru", "")
 HOST_PERMS = ("rwx", "rwx", "rwx", "rw", "rx", "r")
@@ -18,7 +20,7 @@ def fault(rng, pair):
 
 
 def fault_canonical(rng, pair):
-    pair.fault(rng.randrange(2), DATA + rng.randrange(DATA_PAGES) * pair.page, rng.choice(ACCESSES))
+    pair.fault(rng.randrange(2), pair.data + rng.randrange(DATA_PAGES) * pair.page, rng.choice(ACCESSES))
 
 
 def batch(rng, pair):
@@ -121,6 +123,61 @@ WEIGHTS = {
 
 
 QUIET = {**WEIGHTS, l1_map: 4, l1_map_run: 12, l1_unmap: 1, tlbi: 1, tlbi_ipa: 10}  # L1 seldom edits its tables
+
+
+# What 52-bit addresses, hardware dirty state, permission indirection and the attribute controls add
+
+
+def fault_more(rng, pair):
+    """Stage-1 walks too, and addresses inside huge blocks."""
+    access = rng.choice(ACCESSES + (1 | 16, 1 | 16, 2 | 16, 2 | 16, 3 | 16))
+    if rng.random() < 0.7:
+        ipa = some_ipa(rng, pair)
+    else:
+        inside = rng.choice((0, pair.data, pair.data, pair.data + 512 * pair.page, rng.getrandbits(45) & -pair.page))
+        ipa = pair.huge_ipa(rng.randrange(2), rng.randrange(2), inside + rng.randrange(512) * pair.page)
+    pair.fault(rng.randrange(2), ipa, access)
+
+
+def load_more(rng, pair):
+    hcr = rng.choice((0, 0, HCR_CD)) | rng.choice((0, HCR_PTW))
+    pair.load(rng.randrange(2), rng.randrange(1, 4), rng.randrange(2), rng.random() < 0.9, hcr)
+
+
+def l1_map_more(rng, pair):
+    """Writable-clean pages, pages that only the MMU may write, and memory of every type."""
+    slot, offset, table = rng.randrange(SLOTS), rng.randrange(12), rng.randrange(2)
+    level, page = rng.choice((3, 3, 3, 3, 2, 1)), rng.randrange(DATA_PAGES)
+    perm, memattr = rng.choice((*PERMS, "rwx", "rw", "w", MRO, MRO)), rng.choice((15, 15, rng.randrange(16)))
+    sh, young, tlbi, clean = rng.choice((3, 2, 1, 0)), rng.random() < 0.8, rng.random() < 0.7, rng.random() < 0.6
+    pair.l1_map(table, pair.ipa(slot, offset), level, page, perm, memattr, sh, young, tlbi, clean)
+
+
+def l1_clean(rng, pair):
+    pair.l1_clean(rng.randrange(2), some_ipa(rng, pair), rng.random() < 0.7)
+
+
+def l1_map_huge(rng, pair):
+    pair.l1_map_huge(rng.randrange(2), rng.randrange(2), rng.choice(PERMS), rng.random() < 0.7)
+
+
+def host_map_memattr(rng, pair):
+    pair.host_map(rng.randrange(DATA_PAGES), rng.choice(LENGTHS), memattr=rng.choice((None, *range(16))))
+
+
+def host_map_huge(rng, pair):
+    pair.host_map_huge()
+
+
+MORE = {
+    fault_more: 250,
+    load_more: 30,
+    l1_map_more: 100,
+    l1_clean: 20,
+    l1_map_huge: 10,
+    host_map_memattr: 12,
+    host_map_huge: 3,
+}
 
 SPLITTING = (host_map, unmap, protect)  # where these cannot allocate, a host block goes
 TIGHT = {operation: weight for operation, weight in QUIET.items() if operation not in SPLITTING}

@@ -7,9 +7,9 @@ rules and its results must be equal, not merely legal.
 from dataclasses import dataclass, field
 
 from . import walk as arch
-from .combine import LEAF_SIZES, STAGE2_OFF, Host, combine
+from .combine import STAGE2_OFF, Host, combine, leaf_sizes
 from .memory import DEVICE, READ_ONLY
-from .walk import ALL, EL0, EXEC, EXEC_EL0, READ, WRITE, Config, walk
+from .walk import ALL, CD, EL0, EXEC, EXEC_EL0, READ, WRITE, Config, walk
 
 HIT, MAPPED, L1_FAULT, HOST_FAULT, MMIO = range(5)
 EXTERNAL_ABORT = 0x10
@@ -118,7 +118,7 @@ class VM:
     def __init__(self, mem, features, vcpus=1, contexts=None, attributes="architectural"):
         self.mem, self.features, self.attributes = mem, features, attributes
         self.page = features.host_granule
-        self.sizes = LEAF_SIZES[features.host_granule]
+        self.sizes = leaf_sizes(features)
         self.vcpus = [Vcpu() for _ in range(vcpus)]
         self.contexts = [Context() for _ in range(contexts or 2 * vcpus)]
         self.host = {}  # cipa: HostLeaf
@@ -129,9 +129,9 @@ class VM:
 
     # contexts
 
-    def load(self, n, vttbr, vtcr, hcr=arch.VM, big_endian=False):
+    def load(self, n, vttbr, vtcr, hcr=arch.VM, big_endian=False, s2pir=0):
         vcpu = self.vcpus[n]
-        cfg = Config(vttbr, vtcr, self.features, hcr, big_endian)
+        cfg = Config(vttbr, vtcr, self.features, hcr, big_endian, s2pir)
         self.put(n)
         vcpu.cfg, vcpu.index = cfg, self.acquire(cfg)
         ctx = self.contexts[vcpu.index]
@@ -231,7 +231,10 @@ class VM:
         under = self.within_region(cipa, Host(host.pa, host.size, host.now, host.memattr))
         if self.mem.region(cipa)[2] == READ_ONLY:
             under.perm &= ~WRITE
-        made = combine(guest, under, self.features, vcpu.cfg.fwb, self.features.fwb, self.attributes)
+        cfg = vcpu.cfg
+        made = combine(
+            guest, under, self.features, cfg.fwb, self.features.fwb, self.attributes, bool(cfg.hcr & CD)
+        )  # fmt: skip
         start = cipa & -made.size
         pa = host.pa + (start - base)
         new = ShadowLeaf(start, pa, made.size, made.perm, made.memattr, made.sh, made.guest_level)
@@ -487,9 +490,10 @@ def context_key(cfg):
     """What makes two loads the same context."""
     if not cfg.enabled:
         return ("off", cfg.vmid)
-    shape = (cfg.granule, cfg.start_level, cfg.ia_bits, cfg.ps, cfg.ha, cfg.hd, cfg.ds, cfg.implied_sh)
+    shape = (cfg.granule, cfg.start_level, cfg.ia_bits, cfg.ps, cfg.ha, cfg.hd, cfg.ds, cfg.implied_sh, cfg.s2pie)
+    shape += (cfg.s2pir,) if cfg.s2pie else ()
     base = cfg.base if cfg.fault is None else cfg.vttbr & 0xFFFF_FFFF_FFFE
-    return ("on", cfg.vmid, base, shape, cfg.big_endian, cfg.fwb, bool(cfg.hcr & arch.CD))
+    return ("on", cfg.vmid, base, shape, cfg.big_endian, cfg.fwb, bool(cfg.hcr & CD))
 
 
 def guest_leaf_size(granule, level):
