@@ -6,6 +6,7 @@ from s2shadow import constants as _constants
 from s2shadow.combine import Combined, combine
 from s2shadow.config import Stage2Config
 from s2shadow.constants import *  # noqa: F403
+from s2shadow.descriptor import WalkLevel
 from s2shadow.engine import (
     FAULT_DTYPE,
     HOST_LEAF_DTYPE,
@@ -24,7 +25,6 @@ from s2shadow.engine import (
     TlbiCounters,
     TlbiResult,
 )
-from s2shadow.descriptor import WalkLevel
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear
 from s2shadow.memory import GuestMemory, Region

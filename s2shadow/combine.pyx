@@ -4,8 +4,8 @@ from collections import namedtuple
 
 from s2shadow.arch cimport (
     ACCESS_EXEC, DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_TABLE, DESC_TAG_SHIFT, DESC_VALID, FINAL_LEVEL,
-    LEVEL_STAGE2_OFF, PERM_EXEC_EL0, SH_ISH, SH_NSH, SH_OSH, encode_oa, leaf_level_within, level_span, memattr_is_device, oa_format_init,
-    perm_to_s2ap_xn,
+    LEVEL_STAGE2_OFF, PERM_EXEC_EL0, SH_ISH, SH_NSH, SH_OSH, encode_oa, leaf_level_within, level_span,
+    memattr_is_device, oa_format_init, perm_to_s2ap_xn,
 )
 from s2shadow.config cimport features_t, fill_features
 from s2shadow.walker cimport Walk, walk_t
@@ -149,7 +149,8 @@ cdef void combine_leaves(const walk_t *guest, const host_leaf_t *host, const com
         out.sh = combine_shareability(guest.sh, host.sh, out.memattr, rules.host_fwb)
     if rules.oa.implies_sh:
         out.sh = SH_ISH                     # VTCR_EL2.SH0 of the host, for all leaves
-    out.desc = leaf_desc(&rules.oa, pa & ~(out.size - 1), out.level, out.perm, out.memattr, out.sh, rules.xnx)
+    out.desc = leaf_desc(&rules.oa, pa & ~(out.size - 1), out.level, out.perm, out.memattr, out.sh,
+                         rules.xnx)
     out.desc |= <uint64_t>(guest.level - LEVEL_STAGE2_OFF) << DESC_TAG_SHIFT
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from s2shadow.config import Stage2Config
@@ -14,7 +15,8 @@ VALID, TABLE, AF, CONTIGUOUS = 1 << 0, 1 << 1, 1 << 10, 1 << 52
 GROUP_MAY_DIFFER = AF | 1 << 7 | 0xF << 55
 
 
-class WalkLevel(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WalkLevel:
     """One level of a walk.
 
     ``table``, ``index``, ``address``: where the descriptor is; ``desc`` its value in host byte order, None where

@@ -17,7 +17,7 @@ from s2shadow.arch cimport (
 )
 from s2shadow.arguments cimport as_u64
 from s2shadow.config cimport Stage2Config, fault_text
-from s2shadow.memory cimport CAS_DONE, CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
+from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
 
@@ -413,9 +413,9 @@ cdef Walk traced_walk(GuestMemory mem, Stage2Config cfg, ipa, access, bint updat
             step.wanted = answer_from(&view, &cfg.c, &step.state, asked, &step.walked.c)
             if asked == WALK_SWAP:
                 levels.pop()                # again, as memory holds it now
-            unread = asked == WALK_READ and step.walked.c.status and step.walked.c.fsc == fault_code(FSC_WALK_ABORT, level)
+            read = asked == WALK_SWAP or step.walked.c.fsc != fault_code(FSC_WALK_ABORT, level)
             levels.append(describe_level(mem, cfg, step.walked.ipa, level, address,
-                                         None if unread else step.walked.c.desc))
+                                         step.walked.c.desc if read else None))
     finally:
         mem.unpin()
     step.walked.trace = tuple(levels)
