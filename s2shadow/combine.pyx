@@ -163,7 +163,7 @@ def combine(guest, host, *, features=None, bint guest_fwb=False, bint host_fwb=F
     memory type and shareability as three real stages would; ``"kvm72"`` ignores L1's, as Linux does. ``guest_cd`` is
     L1's HCR_EL2.CD: its Normal memory counts as Non-cacheable. With ``features.pa_bits`` of 52 the descriptor has the
     host's 52-bit form; a 4K or 16K one has no SH then, and ``sh`` is inner shareable, the host's VTCR_EL2.SH0.
-    ``ValueError`` for a walk that faulted. Source: spec of the shadow leaf in Arm ARM terms, stage 1 and 2 attribute combining.
+    ``ValueError`` for a walk that faulted. Source: Arm ARM, combining of stage 1 and stage 2 attributes, twice.
     """
     cdef walk_t g
     cdef host_leaf_t h
