@@ -18,13 +18,13 @@ LARGEST_BLOCK = {4 * K: (2 * M, G, 512 * G), 16 * K: (32 * M, 64 * G), 64 * K: (
 
 
 
-def random_machine(rng, host_granule, pa_bits, hafdbs, s2pie=None):
+def random_machine(rng, host_granule, pa_bits, hafdbs):
     """Keyword arguments of lockstep.Pair for one corner; the rest is drawn."""
-    wide_host = pa_bits == 52
+    wide_host, xnx = pa_bits == 52, rng.random() < 0.6
     features = {
         "pa_bits": pa_bits,
         "hafdbs": hafdbs,
-        "s2pie": rng.random() < 0.5 if s2pie is None else s2pie,
+        "s2pie": xnx and rng.random() < 0.7,
         "lpa": wide_host,
         "lpa2": rng.random() < 0.6 if not wide_host or host_granule == 64 * K else True,
         "ttl": rng.random() < 0.8,
@@ -41,7 +41,7 @@ def random_machine(rng, host_granule, pa_bits, hafdbs, s2pie=None):
         "high": wide_host and all(shape["wide"] for shape in shapes) and rng.random() < 0.7,
         "populate": rng.choice((None, None, host_granule, *LARGEST_BLOCK[host_granule][: 3 if wide_host else -1])),
         "fwb": rng.random() < 0.6,
-        "xnx": rng.random() < 0.6,
+        "xnx": xnx,
         "ha": rng.random() < 0.8,
         "attributes": rng.choice(("architectural",) * 4 + ("kvm72",)),
     }

@@ -199,6 +199,8 @@ class VM:
         region = None if cipa >> self.features.pa_bits else self.mem.region(cipa)
         if region is None or (region[2] == READ_ONLY and access & WRITE):
             return Fault(MMIO, fsc=EXTERNAL_ABORT, **known)
+        if access & WRITE and not guest.perm & WRITE:  # only the MMU may write: no leaf of the shadow's can say that
+            return Fault(MMIO, fsc=EXTERNAL_ABORT, **known)
         host = self.host_leaf(cipa)[1]
         if host is None and region[2] == DEVICE:
             return Fault(MMIO, fsc=EXTERNAL_ABORT, **known)
