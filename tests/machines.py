@@ -17,7 +17,6 @@ STARTS = {  # (granule, wide): start levels, with the smallest PA size that allo
 LARGEST_BLOCK = {4 * K: (2 * M, G, 512 * G), 16 * K: (32 * M, 64 * G), 64 * K: (512 * M, 4096 * G)}
 
 
-
 def random_machine(rng, host_granule, pa_bits, hafdbs):
     """Keyword arguments of lockstep.Pair for one corner; the rest is drawn."""
     wide_host, xnx = pa_bits == 52, rng.random() < 0.6

@@ -133,7 +133,9 @@ class Tables:
 class Rig:
     """Memory of every kind, an engine, one loaded vCPU, and tables of L1 to fill."""
 
-    def __init__(self, features=None, host=True, vcpus=1, granule=PAGE, vtcr=0, big_endian=False, **options):
+    def __init__(
+        self, features=None, host=True, vcpus=1, granule=PAGE, vtcr=0, big_endian=False, wide=False, **options
+    ):  # fmt: skip
         self.mem = s2shadow.GuestMemory()
         self.mem.add(RAM, RAM_SIZE)
         self.rom = bytearray(2 * M)
@@ -143,18 +145,19 @@ class Rig:
         self.vm = s2shadow.NestedVM(self.mem, vcpus=vcpus, features=self.features, **options)
         self.vcpu = self.vm.vcpus[0]
         self.pool = TABLES
-        self.tables = self.new_tables(granule, vtcr, big_endian)
+        self.tables = self.new_tables(granule, vtcr, big_endian, wide=wide)
         if host:
             self.vm.host.map(RAM, HOST + RAM, RAM_SIZE)
-        self.vcpu.load(self.tables.vttbr(), self.tables.vtcr, big_endian=big_endian)
+        self.load(big_endian=big_endian)
 
-    def new_tables(self, granule=PAGE, vtcr=0, big_endian=False, start=None):
-        tables = Tables(self.mem.read64, self.mem.write64, self.pool, granule, vtcr, big_endian, start)
+    def new_tables(self, granule=PAGE, vtcr=0, big_endian=False, start=None, wide=False):
+        tables = Tables(self.mem.read64, self.mem.write64, self.pool, granule, vtcr, big_endian, start, wide)
         self.pool += 512 * K
         return tables
 
     def load(self, vmid=1, tables=None, hcr=HCR_VM, n=0, **options):
         tables = tables or self.tables
+        options = {"big_endian": tables.big_endian, "s2pir": S2PIR} | options
         return self.vm.vcpus[n].load(tables.vttbr(vmid), tables.vtcr, hcr=hcr, **options)
 
     def fault(self, ipa, access=s2shadow.READ, n=0):
