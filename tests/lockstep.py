@@ -5,8 +5,8 @@ import numpy as np
 import rig
 import s2shadow
 from model.memory import Memory
-from model.vm import VM, Linear
-from model.walk import Features
+from model.vm import VM, HostLeaf, Linear
+from model.walk import Config, Features, walk
 from s2shadow import HCR_FWB, HCR_VM
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
@@ -296,6 +296,40 @@ class Pair:
             rows = self.vm.reverse(page)[["context", "ipa", "size"]].tolist()
             assert sorted(rows) == self.model.reverse(page)
 
+    def check_hardware(self):
+        """The tables, walked by another walker under the registers that go with them: leaf by leaf what the model has,
+        with hardware's eyes. The canonical table has the shape of a shadow made while L1's stage 2 is off."""
+        for ctx in self.vm.contexts:
+            mem = self.outside(ctx.index)
+            cfg = Config(ctx.host_vttbr, ctx.host_vtcr, self.model.features, ctx.host_hcr)
+            assert cfg.fault is None and cfg.vmid == ctx.host_vmid
+            self.check_leaves(mem, cfg, self.model.contexts[ctx.index].leaves)
+            if not ctx.enabled:
+                root = self.vm.tables()[0][0].item()
+                vttbr = root & 0xFFFF_FFFF_FFFF | root >> 48 << 2
+                cfg = Config(vttbr, ctx.host_vtcr, self.model.features, ctx.host_hcr)
+                self.check_leaves(self.outside(None), cfg, self.model.host)
+
+    def check_leaves(self, mem, cfg, leaves):
+        every = 1 + len(leaves) // 500
+        for ipa, leaf in sorted(leaves.items())[::every]:
+            offset = leaf.size // 2 + 8
+            found = walk(mem, cfg, ipa + offset, 0, update=False)
+            perm = leaf.now if isinstance(leaf, HostLeaf) else leaf.perm
+            assert found.fault is None or not leaf.young and found.fault[0] == "access"
+            if leaf.young:
+                got = found.pa, found.size, found.perm, found.memattr, found.contiguous
+                assert got == (leaf.pa + offset, leaf.size, perm, leaf.memattr, 0)
+                assert found.sh == getattr(leaf, "sh", 3)
+            after = ipa + leaf.size
+            if after not in leaves and after >> cfg.ia_bits == 0:
+                assert walk(mem, cfg, after, 0, update=False).fault[0] == "translation"
+
+    def outside(self, index):
+        """What a walker that has only the engine's table reads."""
+        addresses, pages = self.vm.tables(index)
+        return Outside(dict(zip(addresses.tolist(), pages.view("<u8"), strict=True)), self.page)
+
     def check_owed(self):
         """Every leaf that went, moved or lost a permission since the last time is covered by what is owed."""
         owed, now = self.vm.take_tlbis(), self.held()
@@ -312,6 +346,17 @@ class Pair:
             for ctx in self.vm.contexts
             for ipa, size, pa, perm in self.vm.shadow(ctx.index)[["ipa", "size", "pa", "perm"]].tolist()
         }
+
+
+class Outside:
+    """Table pages as another machine sees them."""
+
+    def __init__(self, pages, size):
+        self.pages, self.size = pages, size
+
+    def read(self, address):
+        page = self.pages.get(address & -self.size)
+        return None if page is None else int(page[address % self.size // 8])
 
 
 class Loose(Pair):

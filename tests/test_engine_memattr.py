@@ -72,7 +72,7 @@ def test_every_code(l1_fwb, l0_fwb, hcr):
 
 @pytest.mark.parametrize("l0_fwb", [0, 1])
 def test_cd_by_hand(l0_fwb):
-    """HCR.CD: what L1 maps as write-back is Non-cacheable to L2; Device stays what it is; a forcing host has its way."""
+    """HCR.CD: what L1 maps as write-back is Non-cacheable to L2; Device stays Device; a forcing host has its way."""
     machine = Attributes(bool(l0_fwb), HCR_CD)
     as_stage1, non_cacheable, ngnre = (0b0111 if l0_fwb else 0b1111), 0b0101, 0b0001
     assert machine.shadow(0b1111, as_stage1) == (non_cacheable, 2)

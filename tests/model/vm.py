@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from . import walk as arch
 from .combine import STAGE2_OFF, Host, combine, leaf_sizes
 from .memory import DEVICE, READ_ONLY
-from .walk import ALL, CD, EL0, EXEC, EXEC_EL0, READ, WRITE, Config, walk
+from .walk import ALL, CD, EL0, EXEC, EXEC_EL0, HCR_PTW, PTW, READ, WRITE, Config, walk
 
 HIT, MAPPED, L1_FAULT, HOST_FAULT, MMIO = range(5)
 EXTERNAL_ABORT = 0x10
@@ -58,11 +58,17 @@ class ShadowLeaf:
     memattr: int
     sh: int
     guest_level: int
+    guest_device: bool  # as L1 says, whatever the leaf itself is
     young: bool = True
 
     def translation(self):
         """All but permissions and use."""
-        return self.cipa, self.pa, self.size, self.memattr, self.sh, self.guest_level
+        return self.cipa, self.pa, self.size, self.memattr, self.sh, self.guest_level, self.guest_device
+
+    def answers(self, cfg, access):
+        """Whether the access is allowed without asking L1: a stage-1 walk of Device memory may have to be refused."""
+        walks_device = access & PTW and cfg.hcr & HCR_PTW and self.guest_device
+        return allows(self.perm, access) and not walks_device
 
 
 @dataclass
@@ -167,7 +173,7 @@ class VM:
         vcpu = self.vcpus[n]
         ctx = self.contexts[vcpu.index]
         base, leaf = ctx.find(ipa, self.sizes)
-        if leaf and allows(leaf.perm, access):
+        if leaf and leaf.answers(vcpu.cfg, access):
             return self.hit(vcpu, ipa, base, leaf)
         guest = self.walk_guest(vcpu.cfg, ipa, access)
         if guest.fault:
@@ -239,7 +245,8 @@ class VM:
         )  # fmt: skip
         start = cipa & -made.size
         pa = host.pa + (start - base)
-        new = ShadowLeaf(start, pa, made.size, made.perm, made.memattr, made.sh, made.guest_level)
+        device = cfg.enabled and cfg.is_device(guest.memattr)
+        new = ShadowLeaf(start, pa, made.size, made.perm, made.memattr, made.sh, made.guest_level, device)
         ctx = self.contexts[vcpu.index]
         if self.is_logged(cipa, cipa + 1) and not access & WRITE:
             new.perm &= ~(WRITE & ~earned(ctx.leaves.get(ipa & -made.size), new))
@@ -262,8 +269,9 @@ class VM:
 
     def translate(self, n, ipa, access):
         """(ipa of the leaf, leaf) if the shadow alone can answer, else (None, None)."""
-        base, leaf = self.contexts[self.vcpus[n].index].find(ipa, self.sizes)
-        if leaf is None or not leaf.young or not allows(leaf.perm, access):
+        vcpu = self.vcpus[n]
+        base, leaf = self.contexts[vcpu.index].find(ipa, self.sizes)
+        if leaf is None or not leaf.young or not leaf.answers(vcpu.cfg, access):
             return None, None
         return base, leaf
 
@@ -278,7 +286,8 @@ class VM:
         return None, None
 
     def host_overlapping(self, start, end):
-        return [(b, leaf) for b, leaf in sorted(self.host.items()) if overlaps(b, leaf.size, start, end)]
+        found = [b for b, leaf in self.host.items() if b < end and start < b + leaf.size]
+        return [(b, self.host[b]) for b in sorted(found)]
 
     def put_host(self, base, leaf):
         leaf.withheld = bool(leaf.perm & WRITE) and self.is_logged(base, base + leaf.size)

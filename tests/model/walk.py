@@ -1,6 +1,7 @@
 """One stage-2 translation (VMSAv8-64, 64-bit descriptors), each check in the order the architecture gives."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .memory import swap64
 
@@ -164,6 +165,14 @@ class Config:
             address |= bits(desc, 15, 12) << 48
         return address >> self.page_bits << self.page_bits
 
+    def kind(self, desc, level):
+        """What bits 1:0 say at this level."""
+        if not desc & 1:
+            return "invalid"
+        if level == 3:
+            return "page" if desc & 2 else "reserved"
+        return "table" if desc & 2 else "block" if self.block_allowed(level) else "reserved"
+
     def block_allowed(self, level):
         feat = self.features
         allowed = {
@@ -214,6 +223,18 @@ class Config:
         return not memattr & 4 if self.fwb else not memattr & 12
 
 
+class Step(NamedTuple):
+    """One descriptor that a walk looked at; output is that of the table or leaf itself."""
+
+    level: int
+    table: int
+    index: int
+    address: int
+    desc: int | None  # as a value; None: not readable
+    kind: str
+    output: int | None
+
+
 @dataclass
 class Walk:
     """What a walk found; fault is None or (kind, level)."""
@@ -229,6 +250,7 @@ class Walk:
     size: int = 0
     desc: int = 0
     desc_addr: int = 0
+    steps: tuple = ()
 
     @property
     def fsc(self):
@@ -266,22 +288,35 @@ def descend(mem, cfg, ipa, access, update):
     table = cfg.base
     top = cfg.ia_bits
     desc = desc_addr = 0
+    steps = []
     while True:
         index = (ipa & ((1 << top) - 1)) >> cfg.shift(level)
         addr = table + 8 * index
         raw = mem.read(addr)
         if raw is None:
-            return faulted("walk-abort", level, desc, desc_addr)
+            steps.append(Step(level, table, index, addr, None, "unreadable", None))
+            return with_steps(faulted("walk-abort", level, desc, desc_addr), steps)
         desc, desc_addr = swap64(raw) if cfg.big_endian else raw, addr
-        if not desc & 1 or (not desc & 2 and not cfg.block_allowed(level)):
-            return faulted("translation", level, desc, desc_addr)
-        if level == 3 or not desc & 2:
-            return leaf(mem, cfg, ipa, access, update, level, desc, desc_addr)
-        table = cfg.address(desc)
-        if table >> cfg.oa_bits:
-            return faulted("addrsize", level, desc, desc_addr)
+        kind = cfg.kind(desc, level)
+        if kind in ("invalid", "reserved"):
+            steps.append(Step(level, table, index, addr, desc, kind, None))
+            return with_steps(faulted("translation", level, desc, desc_addr), steps)
+        if kind != "table":
+            found = leaf(mem, cfg, ipa, access, update, level, desc, desc_addr)
+            steps.append(Step(level, table, index, addr, found.desc, kind, cfg.block_base(found.desc, level)))
+            return with_steps(found, steps)
+        following = cfg.address(desc)
+        steps.append(Step(level, table, index, addr, desc, kind, following))
+        if following >> cfg.oa_bits:
+            return with_steps(faulted("addrsize", level, desc, desc_addr), steps)
+        table = following
         top = cfg.shift(level)
         level += 1
+
+
+def with_steps(found, steps):
+    found.steps = tuple(steps)
+    return found
 
 
 def leaf(mem, cfg, ipa, access, update, level, desc, desc_addr):
