@@ -54,8 +54,8 @@ class Report:
         self.benchmark.extra_info.update({key: round(value, 3) for key, value in info.items()})
 
 
-def stage2_tables(address, frames, *, levels):
-    """4K-granule tables at ``address`` that map IPA 0 upward to the pages ``frames``.
+def stage2_tables(address, frames, *, levels, leaf=3):
+    """4K-granule tables at ``address`` that map IPA 0 upward to ``frames``: pages, or blocks where ``leaf`` is 1.
 
     Returns all table pages as one uint64 array, root first, and the bytes of the tables of each level.
     """
@@ -69,7 +69,7 @@ def stage2_tables(address, frames, *, levels):
     for level in range(levels):
         if level == levels - 1:
             # AF, inner shareable, read-write, Normal write-back
-            entries = np.asarray(frames, dtype=np.uint64) | np.uint64(1 << 10 | 3 << 8 | 3 << 6 | 0xF << 2 | 3)
+            entries = np.asarray(frames, dtype=np.uint64) | np.uint64(1 << 10 | 3 << 8 | 3 << 6 | 0xF << 2 | leaf)
         else:
             entries = (starts[level + 1] + PAGE * np.arange(counts[level + 1])).astype(np.uint64) | np.uint64(3)
         at = int(starts[level] - address) // 8
