@@ -7,7 +7,7 @@ mapped, and ``scaling.py`` shows that.
 import numpy as np
 
 import s2shadow as s2
-from nest import BLOCK, HCR, PAGE, Nest, scattered, u64
+from nest import BLOCK, DATA, HCR, PAGE, Nest, range_operand, scattered, u64
 from s2shadow._floor import bare_unmap_each, fault_each, tlbi_each, unmap_each, walk_each
 
 CASES = {}
@@ -224,6 +224,55 @@ def unmap_not_shadowed_beside(measure):
     notifiers(measure, bed, bed.canonical[~touched], 0)
 
 
+# --- curves ------------------------------------------------------------------------------------------------------
+
+
+def curve(measure_at, *sizes):
+    """A case for each size: {size: name}."""
+    names = {}
+    for size in sizes:
+        name = f"{measure_at.__name__}_{size}"
+        CASES[name] = lambda measure, size=size: measure_at(measure, size)
+        names[size] = name
+    return names
+
+
+def notifier_contexts(measure, contexts):
+    bed = Nest(LEAVES // contexts, contexts=contexts).fill()
+    notifiers(measure, bed, bed.canonical, 1)
+
+
+def notifier_pages(measure, pages):
+    bed = Nest(pages).fill()
+    notifiers(measure, bed, bed.canonical, 1)
+
+
+def notifier_aliases(measure, aliases):
+    bed = Nest(LEAVES // aliases, aliases=aliases).fill()
+    notifiers(measure, bed, bed.canonical, aliases, n=16)
+
+
+def fault_pages(measure, pages):
+    """The last pages of a context that is full but for them."""
+    bed = Nest(pages).fill()
+    order = bed.ipas[scattered(pages)]
+
+    def prepare(n):
+        ipas = order[:n]
+        tlbi_each(bed.state, IPAS2E1IS, ipas >> np.uint64(12), bed.vttbrs[0], bed.vtcr, HCR)
+        return lambda: fault_each(bed.state, 0, ipas, s2.READ, s2.MAPPED), n
+
+    measure(prepare, 128)
+
+
+CURVES = {
+    "notifier_by_contexts": curve(notifier_contexts, 1, 4, 16, 64),
+    "notifier_by_pages": curve(notifier_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18),
+    "notifier_by_aliases": curve(notifier_aliases, 1, 4, 16, 64, 256, 1024),
+    "fault_by_footprint": curve(fault_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18),
+}
+
+
 # --- TLBIs -------------------------------------------------------------------------------------------------------
 
 
@@ -271,10 +320,6 @@ def tlbi_vmalls12_empty(measure):
     tlbis(measure, bed, VMALLS12E1IS, u64(np.zeros(1 << 12)), 0)
 
 
-def ranges(measure, bed, prepare_ranges):
-    measure(prepare_ranges, 1 << 13)
-
-
 @case
 def tlbi_range_per_page(measure):
     """One RIPAS2E1 over pages that are all shadowed."""
@@ -288,36 +333,23 @@ def tlbi_range_per_page(measure):
     measure(prepare, 1 << 13)
 
 
-def range_operand(start, pages):
-    """RIPAS2* operand of ``pages`` 4K pages: a power of two from 2 to 2^21."""
-    scale = 0
-    while pages >> (5 * scale + 1) > 32:
-        scale += 1
-    num = (pages >> (5 * scale + 1)) - 1
-    assert (num + 1) << (5 * scale + 1) == pages
-    return 1 << 46 | scale << 44 | num << 39 | start >> 12
-
-
 @case
 def write_protect_per_leaf(measure):
     """``vm.host.protect`` of a range whose pages are all shadowed."""
     bed = Nest(LEAVES)
 
     def prepare(n):
-        bed.vm.host.protect(DATA_START, DATA_START + LEAVES * PAGE, "rwx")
+        bed.vm.host.protect(DATA, DATA + LEAVES * PAGE, "rwx")
         bed.vm.vcpus[0].tlbi("VMALLS12E1")
         bed.fill()
 
         def run():
-            bed.vm.host.protect(DATA_START, DATA_START + n * PAGE, "rx")
+            bed.vm.host.protect(DATA, DATA + n * PAGE, "rx")
             return bed.vm.stats.live
 
         return run, LEAVES
 
     measure(prepare, 1 << 13)
-
-
-DATA_START = 1 << 40
 
 
 def reverse_map_bytes():

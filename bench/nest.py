@@ -46,9 +46,13 @@ class Nest:
         self._add_data(len(self.canonical) * size, max(1, regions - 1))
         self.images = []            # the memory that the engine reads
         self.roots = []
+        self._frames = []           # by context: canonical addresses in the order of IPAs
+        self._orders = {}           # and how to sort them
         for context in range(contexts):
             own = self.canonical[: pages * owned].reshape(owned, pages)[0 if shared else context]
-            self._add_tables(TABLES + context * TABLES_STRIDE, np.tile(own[order(pages)], aliases), levels, spread)
+            self._frames.append(own[order(pages)])
+            self._add_tables(TABLES + context * TABLES_STRIDE, np.tile(self._frames[-1], aliases), levels, spread)
+        self.pages, self.owned = pages, owned
         self.vm = s2.NestedVM(self.mem, vcpus=vcpus or contexts, **options)
         offset = HOST_OFFSET[size]
         self.vm.host.map(DATA, DATA + offset, len(self.canonical) * size)
@@ -92,6 +96,39 @@ class Nest:
         self.drain()
         return self
 
+    def outputs(self, context):
+        """Canonical addresses, in the order of ``ipas``."""
+        return np.resize(self._frames[context], len(self.ipas))
+
+    def where(self, starts):
+        """(contexts, IPAs) of every leaf that must map one of these pages."""
+        place = (np.asarray(starts) - np.uint64(DATA)) // np.uint64(self.size)
+        contexts, ipas = [], []
+        for context, frames in enumerate(self._frames):
+            mine = starts[(place // self.pages == context) | (self.owned == 1)]
+            if len(mine):
+                order = self._sorted(context)
+                at = order[np.searchsorted(frames, mine, sorter=order)]
+                for alias in range(len(self.ipas) // self.pages):
+                    ipas.append(self.ipas[at + alias * self.pages])
+                    contexts.append(np.full(len(at), context))
+        return np.concatenate(contexts), np.concatenate(ipas)
+
+    def _sorted(self, context):
+        if context not in self._orders:
+            self._orders[context] = np.argsort(self._frames[context])
+        return self._orders[context]
+
     def drain(self):
         while len(self.vm.take_tlbis()):
             pass
+
+
+def range_operand(start, pages):
+    """RIPAS2* operand of ``pages`` 4K pages: a power of two from 2 to 2^21."""
+    scale = 0
+    while pages >> (5 * scale + 1) > 32:
+        scale += 1
+    num = (pages >> (5 * scale + 1)) - 1
+    assert (num + 1) << (5 * scale + 1) == pages
+    return 1 << 46 | scale << 44 | num << 39 | start >> 12
