@@ -32,10 +32,10 @@ def best(measure, prepare=None):
     return min(figures)
 
 
-def lean_of(nest, leaves=None):
+def lean_of(nest):
     """A floor with as many pages and leaves as ``nest``, empty."""
-    walker = LeanWalk(nest.images[0], nest.roots[0], 4)
-    return Lean(walker, DATA, len(nest.canonical), leaves or len(nest.ipas) * len(nest.roots))
+    walker, contexts = LeanWalk(nest.images[0], nest.roots[0], 4), len(nest.roots)
+    return Lean(walker, DATA, len(nest.canonical), len(nest.ipas) * contexts, contexts)
 
 
 # --- walks -------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def bench_unmap_not_shadowed(report):
 
 
 @pytest.mark.benchmark(group="limits: TLBI")
-def bench_tlbi_ipa(report):
+def bench_tlbi_ipa_each(report):
     nest = Nest(1 << 16, track_tlbis=False).fill()
     batches = cycle(nest.ipas[scattered(1 << 16)].reshape(-1, EVENTS))
     state = [nest.ipas[:0]]

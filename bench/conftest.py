@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from beds import FULL, Report
+from report import judged
 
 LIMITS = tomllib.loads((Path(__file__).parent / "budgets.toml").read_text())["times"]
 
@@ -34,10 +35,5 @@ def limit_text(limit, info):
     """A figure's limit, and whether it is kept where that can be said: not at small sizes."""
     if limit is None:
         return ""
-    if "ns" in limit:
-        text, kept = f"{limit['ns']:,} ns", info["ns_per_operation"] <= limit["ns"]
-    elif "ratio" in limit:
-        text, kept = limit["text"], info.get("times_floor", 0) <= limit["ratio"]
-    else:
-        text, kept = f"{limit['speedup']} times one thread", info.get("speedup", 0) >= limit["speedup"]
-    return text + ("" if kept or not FULL else ": NOT REACHED")
+    text, kept = judged(limit, info)
+    return text if kept or not FULL else f"{text}: NOT REACHED"

@@ -47,7 +47,7 @@ def notifier(x, nest, leaves=1):
     """ns for a notifier on a page with ``leaves`` shadow leaves, and for the same removals in bare C."""
     events = min(EVENTS, len(nest.canonical) // 4)
     order = nest.canonical[scattered(len(nest.canonical))]
-    lean = Lean(None, DATA, len(nest.canonical), len(nest.ipas) * len(nest.roots))
+    lean = Lean(None, DATA, len(nest.canonical), len(nest.ipas) * len(nest.roots), len(nest.roots))
     for context in range(len(nest.roots)):
         lean.fill(nest.ipas + np.uint64(context << 39), nest.outputs(context))
     took, floor = [], []

@@ -207,6 +207,7 @@ ctypedef struct lean_table_t:
     uint64_t next_word          # words from here on were never used
     uint64_t limit
     int shift                   # of the root
+    bint full                   # there was no room for a table: what was measured is void
 
 
 cdef inline uint64_t lean_find(const lean_table_t *table, uint64_t ipa) noexcept nogil:
@@ -223,13 +224,16 @@ cdef inline uint64_t lean_find(const lean_table_t *table, uint64_t ipa) noexcept
 
 
 cdef inline uint64_t lean_ensure(lean_table_t *table, uint64_t ipa) noexcept nogil:
-    """Index of the last-level entry, tables made on the way."""
+    """Index of the last-level entry, tables made on the way; 0 where there is no room for them."""
     cdef uint64_t at = 0
     cdef uint64_t *entry
     cdef int shift = table.shift
     while shift > 12:
         entry = table.words + at + (ipa >> shift & (ENTRIES - 1))
         if not entry[0] & 1:
+            if table.next_word + ENTRIES > table.limit:
+                table.full = 1
+                return 0
             entry[0] = table.next_word << 3 | 3
             table.next_word += ENTRIES
         at = (entry[0] & OA_48) >> 3
@@ -243,7 +247,7 @@ cdef class LeanWalk:
     cdef lean_table_t guest
     cdef object image
 
-    def __cinit__(self, uint64_t[::1] image not None, uint64_t base, int levels):
+    def __init__(self, uint64_t[::1] image not None, uint64_t base, int levels):
         self.image = image
         self.guest.words = &image[0]
         self.guest.base = base
@@ -295,7 +299,8 @@ cdef class LeanWalk:
 
 cdef class Lean:
     """A canonical table, one shadow table for all contexts, a head for each canonical page and a link for each shadow
-    entry, over ``pages`` canonical pages from ``start`` and ``leaves`` shadow leaves. ``guest``: L1's tables."""
+    entry, over ``pages`` canonical pages from ``start`` and ``leaves`` shadow leaves, dense in each of ``contexts``
+    stretches. ``guest``: L1's tables."""
 
     cdef lean_table_t guest
     cdef lean_table_t canonical
@@ -306,17 +311,15 @@ cdef class Lean:
     cdef uint64_t pages
     cdef LeanWalk walker
 
-    def __cinit__(self, LeanWalk guest, uint64_t start, uint64_t pages, uint64_t leaves):
+    def __init__(self, LeanWalk guest, uint64_t start, uint64_t pages, uint64_t leaves, uint64_t contexts=1):
         cdef uint64_t i
         self.start = start
         self.pages = pages
         self.walker = guest
         if guest is not None:
             self.guest = guest.guest
-        self.links = NULL
-        self.heads = NULL
-        self.take(&self.canonical, pages)
-        self.take(&self.shadow, leaves)
+        self.take(&self.canonical, pages, 1)
+        self.take(&self.shadow, leaves, contexts)
         self.links = <uint64_t *>huge_alloc(self.shadow.limit * 8)
         self.heads = <uint32_t *>huge_alloc(pages * 4)
         if self.links == NULL or self.heads == NULL:
@@ -329,9 +332,9 @@ cdef class Lean:
             memset(self.links, 0, self.shadow.limit * 8)
             memset(self.heads, 0, pages * 4)
 
-    cdef int take(self, lean_table_t *table, uint64_t leaves) except -1:
-        # dense leaf tables, the tables above them, and some for the ends of a range
-        table.limit = (leaves // ENTRIES + leaves // ENTRIES // ENTRIES + 64) * ENTRIES
+    cdef int take(self, lean_table_t *table, uint64_t leaves, uint64_t stretches) except -1:
+        # leaf tables, the tables above them, and at the end of each stretch one more of each level
+        table.limit = (leaves // ENTRIES + leaves // ENTRIES // ENTRIES + 4 * stretches + 4) * ENTRIES
         table.words = <uint64_t *>huge_alloc(table.limit * 8)
         table.next_word = ENTRIES
         table.shift = 39
@@ -362,6 +365,12 @@ cdef class Lean:
         with nogil:
             for i in range(ipas.shape[0]):
                 self.install(lean_ensure(&self.shadow, ipas[i]), cipas[i] | 0x7FF)
+        self.check_room()
+
+    cdef int check_room(self) except -1:
+        if self.shadow.full or self.canonical.full:
+            raise MemoryError("the floor's leaves are not as dense as it was told")
+        return 0
 
     cdef void install(self, uint64_t slot, uint64_t desc) noexcept nogil:
         cdef uint32_t *head = self.heads + self.page(desc & OA_48)
@@ -381,6 +390,7 @@ cdef class Lean:
                 self.install(lean_ensure(&self.shadow, ipas[i]), host & (OA_48 | desc & LEAF_BITS | 3))
             keep(host)
             took = now_ns() - began
+        self.check_room()
         return took / <double>ipas.shape[0]
 
     def faults_batched(self, const uint64_t[::1] ipas not None, int64_t size):
@@ -414,6 +424,7 @@ cdef class Lean:
                 first += n
             keep(desc)
             took = now_ns() - began
+        self.check_room()
         return took / <double>ipas.shape[0]
 
     def removals(self, const uint64_t[::1] cipas not None):
