@@ -18,7 +18,7 @@ from s2shadow.arch cimport (
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport Stage2Config, fault_text
-from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, find_tables, mem_view_t, read_desc
+from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
 

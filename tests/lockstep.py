@@ -22,6 +22,7 @@ HUGE_LEVEL = {4 * K: 0, 16 * K: 1, 64 * K: 1}
 OTHER_S2PIR = rig.S2PIR ^ 0x4F << 56  # rwx and rwp give way to rx and x
 GRANULES = [(4 * K, 4 * K), (4 * K, 16 * K), (4 * K, 64 * K), (16 * K, 64 * K)]
 BASES = (0, 2 * M - 16 * K, 2 * M, 6 * M, 32 * M, 33 * M, 512 * M, 514 * M, G, G + 2 * M, 2 * G, 8 * G)
+VMIDS = (1, 2, 3)
 SLOTS = len(BASES)
 ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
 ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - 64 * K)
@@ -147,9 +148,18 @@ class Pair:
         tables = self.tables[table]
         level = max(level, tables.start)
         cipa = self.target(page) & -tables.size(level)
+        had_table = self.has_table(tables, ipa, level)
         tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young), clean=clean)
-        if tlbi:
-            self.tlbi_ipa(0, ipa, 1)
+        self.after_edit(ipa, had_table, tlbi)
+
+    def has_table(self, tables, ipa, level):
+        return level < 3 and tables.get(tables.slot(ipa, level)) & 3 == 3
+
+    def after_edit(self, ipa, had_table, tlbi):
+        """A vCPU may remember L1's tables, as hardware's walk caches do: where one went, L1 must say so, under every
+        VMID that uses the table. Leaves may wait: the model knows what the shadows hold of them."""
+        for vmid in VMIDS if had_table else VMIDS[:tlbi]:
+            self.tlbi_ipa(0, ipa, vmid)
 
     def l1_clean(self, table, ipa, tlbi=True):
         """L1 takes the dirty state back, as it does while it migrates L2."""
@@ -167,7 +177,9 @@ class Pair:
         level = HUGE_LEVEL[tables.granule]
         if tables.wide and level >= tables.start:
             size = tables.size(level)
+            had_table = self.has_table(tables, size * (1 + n), level)
             tables.map(size * (1 + n), (self.huge if to_huge else self.data) & -size, level, perm=perm)
+            self.after_edit(size * (1 + n), had_table, False)
 
     def huge_ipa(self, table, n, at):
         """`at` is an address inside."""
@@ -182,9 +194,10 @@ class Pair:
 
     def l1_unmap(self, table, ipa, level, tlbi=False):
         tables = self.tables[table]
-        tables.unmap(ipa, max(level, tables.start))
-        if tlbi:
-            self.tlbi_ipa(0, ipa, 1)
+        level = max(level, tables.start)
+        had_table = self.has_table(tables, ipa, level)
+        tables.unmap(ipa, level)
+        self.after_edit(ipa, had_table, tlbi)
 
     def tlbi(self, n, op, vmid):
         regs = self.registers(vmid)
