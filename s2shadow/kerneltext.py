@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -77,6 +78,7 @@ def is_table(rows: Rows) -> npt.NDArray[np.bool_]:
     return (rows["attrs"] & TYPE == TYPE) & (rows["level"] < LAST_LEVEL)
 
 
+@lru_cache(4096)
 def kernel_size(size: int) -> str:
     """From KiB upward for as long as it divides evenly."""
     size >>= 10
@@ -126,7 +128,7 @@ class KernelReader:
     def read(self, line: str) -> None:
         self.number += 1
         if self.number == 1:
-            if line.rstrip() != MARKER:
+            if line.rstrip(" \r\n") != MARKER:
                 raise self.error(f"must be {MARKER!r}, got {shown(line)}")
             return
         match = LINE.fullmatch(line.rstrip("\r\n"))
@@ -177,7 +179,7 @@ def shown(line: str) -> str:
 
 def parse_attrs(text: str) -> int:
     """Masked descriptor bits of the attribute columns; -1 if they are not such columns."""
-    text = text.rstrip()
+    text = text.rstrip(" ")
     if not text:
         return 0
     match = ATTRS.fullmatch(text.ljust(ATTRS_WIDTH))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from s2shadow.constants import perm_text
+from s2shadow.descriptor import has_blocks
 
 if TYPE_CHECKING:
     from s2shadow.config import Stage2Config
@@ -24,12 +25,13 @@ RANGE_DTYPE = np.dtype([("start", "u8"), ("end", "u8"), ("pa", "u8"), ("size", "
 NO_ADDRESS = (1 << 64) - 1
 UNKNOWN = 255
 
-VALID, TABLE, TYPE, S2AP_R, S2AP_W, AF = 1 << 0, 1 << 1, 3, 1 << 6, 1 << 7, 1 << 10
+VALID, TABLE, TYPE, S2AP_R, S2AP_W, AF, NT = 1, 2, 3, 1 << 6, 1 << 7, 1 << 10, 1 << 16
 XN_SHIFT = 53
 KERNEL_MASK = TYPE | S2AP_R | S2AP_W | AF | 3 << XN_SHIFT     # the bits that tell runs apart in the kernel's text
 PAGE = 4096
 LAST_LEVEL = 3
 CHUNK_ENTRIES = 1 << 20
+LEAF_FIELDS = ("pa", "perm", "memattr", "sh")
 
 
 class State(IntEnum):
@@ -59,8 +61,7 @@ def ranges(mem: GuestMemory, cfg: Stage2Config, limit: int = 1 << 24) -> Rows:
         raise ValueError("stage 2 is off: there are no tables to dump")
     if cfg.error is not None:
         raise ValueError(f"every walk ends in: {cfg.error}")
-    scan = Scan(mem, cfg, leaves(mem, cfg, limit), limit)
-    return scan.run()
+    return Scan(mem, cfg, leaves(mem, cfg, limit), limit).run()
 
 
 def shadow_ranges(vm: NestedVM, index: int, limit: int = 1 << 24) -> Rows:
@@ -79,71 +80,73 @@ def shadow_ranges(vm: NestedVM, index: int, limit: int = 1 << 24) -> Rows:
                                     hcr=context.host_hcr), limit)
 
 
+class Level(NamedTuple):
+    """A level of the tables: its number, log2 of the bytes that an entry spans, entries of a table."""
+
+    number: int
+    shift: int
+    width: int
+
+
 class Scan:
     """Table by table, one level after the other: what a level does not pass on to the next becomes runs."""
 
     def __init__(self, mem: GuestMemory, cfg: Stage2Config, leaves: Rows, limit: int):
         self.mem = mem
         self.cfg = cfg
-        self.leaves = leaves
-        self.entries_left = 8 * limit
-        self.limit = limit
+        self.leaves = {name: np.ascontiguousarray(leaves[name]) for name in ("ipa", *LEAF_FIELDS)}
+        self.most_entries = self.entries_left = 8 * limit
         self.runs: list[Rows] = []
-        self.granule_bits = cfg.granule.bit_length() - 1
-        self.stride = self.granule_bits - 3
-        self.oa_mask = (1 << 48) - cfg.granule
-        if cfg.wide_output:
-            self.oa_mask |= 0xF000 if cfg.granule == 65536 else 3 << 48 | 3 << 8
 
-    def run(self) -> Rows:
+    def levels(self) -> Iterator[Level]:
         cfg = self.cfg
         assert cfg.start_level is not None
-        tables, bases = np.array([cfg.baddr], np.uint64), np.zeros(1, np.uint64)
-        for level in range(cfg.start_level, LAST_LEVEL + 1):
-            shift = self.granule_bits + self.stride * (LAST_LEVEL - level)
+        bits = cfg.granule.bit_length() - 1
+        for number in range(cfg.start_level, LAST_LEVEL + 1):
+            shift = bits + (bits - 3) * (LAST_LEVEL - number)
             # start tables side by side are one wide table, and a small input space uses a part of one
-            width = 1 << (cfg.ia_bits - shift if level == cfg.start_level else self.stride)
-            tables, bases = self.scan_level(tables, bases, width, level, shift)
+            yield Level(number, shift, 1 << (cfg.ia_bits - shift if number == cfg.start_level else bits - 3))
+
+    def run(self) -> Rows:
+        tables, bases = np.array([self.cfg.baddr], np.uint64), np.zeros(1, np.uint64)
+        for level in self.levels():
+            self.entries_left -= len(tables) * level.width
+            if self.entries_left < 0:
+                raise ValueError(f"more than {self.most_entries} table entries, or tables that loop")
+            step = max(1, CHUNK_ENTRIES // level.width)
+            below = [self.scan(tables[at:at + step], bases[at:at + step], level) for at in range(0, len(tables), step)]
+            if not below:
+                break
+            tables, bases = (np.concatenate(parts) for parts in zip(*below, strict=True))
         found = np.concatenate(self.runs)
         return merge(found[np.argsort(found["start"], kind="stable")], goes_on)
 
-    def scan_level(self, tables: Words, bases: Words, width: int, level: int,
-                   shift: int) -> tuple[Words, Words]:
-        """The runs of a level, and the tables and IPAs of the next."""
-        self.entries_left -= len(tables) * width
-        if self.entries_left < 0:
-            raise ValueError(f"more than {8 * self.limit} table entries, or tables that loop")
-        step = max(1, CHUNK_ENTRIES // width)
-        below = [self.scan_tables(tables[at:at + step], bases[at:at + step], width, level, shift)
-                 for at in range(0, len(tables), step)]
-        if not below:
-            return tables, bases
-        return np.concatenate([part[0] for part in below]), np.concatenate([part[1] for part in below])
-
-    def scan_tables(self, tables: Words, bases: Words, width: int, level: int,
-                    shift: int) -> tuple[Words, Words]:
-        desc, there = self.read(tables, width)
-        if not there.all():
-            self.runs.append(self.without_table(bases[~there], width, level, shift))
-            desc, bases = desc[there], bases[there]
-        ipa = (bases[:, None] + (np.arange(width, dtype=np.uint64) << np.uint64(shift))).ravel()
-        desc = desc.ravel()
-        is_table = desc & TYPE == TYPE if level < LAST_LEVEL else np.zeros(len(desc), bool)
-        oa = self.output_address(desc)
-        down = is_table & (oa >> np.uint64(self.cfg.oa_bits) == 0)
-        self.runs.append(merge(self.describe(ipa[~down], desc[~down], level, shift), goes_on))
-        return oa[down], ipa[down]
+    def scan(self, tables: Words, bases: Words, level: Level) -> tuple[Words, Words]:
+        """Note the runs of these tables; the tables below them, and where in the IPA space those start."""
+        words, held = self.read(tables, level.width)
+        desc, there = words.ravel(), held.ravel()
+        ipa = (bases[:, None] + (np.arange(level.width, dtype=np.uint64) << np.uint64(level.shift))).ravel()
+        down = np.zeros(len(desc), bool)
+        if level.number < LAST_LEVEL:
+            down = (desc & TYPE == TYPE) & ~self.too_large(desc, 0)
+        self.runs.append(self.runs_of(ipa[~down], desc[~down], there[~down], level))
+        return self.output_address(desc[down]), ipa[down]
 
     def read(self, tables: Words, width: int) -> tuple[Words, npt.NDArray[np.bool_]]:
-        """uint64[n, width] of descriptors in host byte order, and which of the tables memory holds."""
+        """uint64[n, width] of descriptors in host byte order, 0 where memory has none, and where it has one."""
         words = np.zeros((len(tables), width), dtype=">u8" if self.cfg.big_endian else "<u8")
-        there = np.ones(len(tables), bool)
-        raw = words.view(np.uint8)
+        there = np.ones((len(tables), width), bool)
+        piece = min(width, PAGE // 8)       # regions of memory are whole pages
         for i, address in enumerate(tables.tolist()):
             try:
-                raw[i] = np.frombuffer(self.mem.read(address, width * 8), np.uint8)
+                words[i] = np.frombuffer(self.mem.read(address, width * 8), words.dtype)
             except ValueError:
-                there[i] = False
+                for at in range(0, width, piece):
+                    part = slice(at, at + piece)
+                    try:
+                        words[i, part] = np.frombuffer(self.mem.read(address + at * 8, piece * 8), words.dtype)
+                    except ValueError:
+                        there[i, part] = False
         return words.astype(np.uint64, copy=False), there
 
     def output_address(self, desc: Words) -> Words:
@@ -155,37 +158,60 @@ class Scan:
             return address | (desc & np.uint64(0xF000)) << np.uint64(36)
         return address | desc & np.uint64(3 << 48) | (desc & np.uint64(3 << 8)) << np.uint64(42)
 
-    def describe(self, ipa: Words, desc: Words, level: int, shift: int) -> Rows:
-        """One row per entry; what a leaf means is what the walker says of it."""
-        rows = blank(len(ipa))
-        rows["start"] = ipa
-        rows["size"] = 1 << shift
-        rows["end"] = ipa + rows["size"]
-        rows["level"] = level
+    def too_large(self, desc: Words, shift: int) -> npt.NDArray[np.bool_]:
+        """Whether the output, without the bits below its span, is beyond the output size."""
+        return self.output_address(desc) >> np.uint64(shift) << np.uint64(shift) >> np.uint64(self.cfg.oa_bits) != 0
+
+    def is_leaf(self, desc: Words, number: int) -> npt.NDArray[np.bool_]:
+        """Whether an entry is a leaf that the level may have."""
+        if number == LAST_LEVEL:
+            return desc & TYPE == TYPE
+        if not has_blocks(self.cfg, number):
+            return np.zeros(len(desc), bool)
+        is_block = desc & TYPE == VALID
+        # nT must not be cached, and a shadow is a cache
+        return is_block & (desc & NT == 0) if self.cfg.features.bbm else is_block
+
+    def attributes(self, desc: Words) -> Words:
+        """Descriptors without output address; of an invalid one, whose bits are software's, what the kernel prints."""
+        mask = (1 << 48) - self.cfg.granule
+        if self.cfg.wide_output:
+            mask |= 0xF000 if self.cfg.granule == 65536 else 3 << 48 | 3 << 8
+        return desc & np.where(desc & VALID != 0, np.uint64(~mask & (1 << 64) - 1), np.uint64(KERNEL_MASK))
+
+    def runs_of(self, ipa: Words, desc: Words, there: npt.NDArray[np.bool_], level: Level) -> Rows:
+        """Entries as runs; what a leaf means is what the walker says of it."""
+        size = np.uint64(1 << level.shift)
+        attrs, state, pa = self.attributes(desc), np.full(len(ipa), State.INVALID, np.uint8), np.zeros_like(ipa)
         valid = desc & VALID != 0
-        rows["attrs"] = desc & np.where(valid, np.uint64(~self.oa_mask & (1 << 64) - 1), np.uint64(KERNEL_MASK))
-        rows["state"] = np.where(valid, State.RESERVED, State.INVALID)
-        beyond = self.output_address(desc) >> np.uint64(shift) << np.uint64(shift) >> np.uint64(self.cfg.oa_bits) != 0
-        if level < LAST_LEVEL:
-            beyond |= desc & TYPE == TYPE       # a table that could be read is not here
-        rows["state"][valid & beyond] = State.ADDRESS_SIZE
-        at = np.minimum(np.searchsorted(self.leaves["ipa"], ipa), max(len(self.leaves) - 1, 0))
-        if len(self.leaves):
-            found = self.leaves[at]
-            mapped = valid & (found["ipa"] == ipa)
-            rows["state"][mapped] = State.MAPPED
-            for name in ("pa", "perm", "memattr", "sh"):
-                rows[name][mapped] = found[name][mapped]
+        state[valid] = State.RESERVED
+        state[self.is_leaf(desc, level.number) & self.too_large(desc, level.shift)] = State.ADDRESS_SIZE
+        if level.number < LAST_LEVEL:
+            state[desc & TYPE == TYPE] = State.ADDRESS_SIZE     # any other table was followed
+        state[~there] = State.NO_TABLE
+        leaf, mapped = self.find(ipa, valid)
+        state[mapped] = State.MAPPED
+        pa[mapped] = self.leaves["pa"][leaf[mapped]]
+        first = np.ones(len(ipa), bool)
+        first[1:] = ((ipa[1:] - ipa[:-1] != size) | (attrs[1:] != attrs[:-1]) | (state[1:] != state[:-1])
+                     | mapped[1:] & (pa[1:] - pa[:-1] != size))
+        heads = np.flatnonzero(first)
+        rows = blank(len(heads))
+        rows["start"], rows["attrs"], rows["state"] = ipa[heads], attrs[heads], state[heads]
+        rows["end"] = ipa[np.append(heads[1:], len(ipa)) - 1] + size if len(heads) else 0
+        rows["size"], rows["level"] = size, level.number
+        mapped = mapped[heads]
+        for name in LEAF_FIELDS:
+            rows[name][mapped] = self.leaves[name][leaf[heads][mapped]]
         return rows
 
-    def without_table(self, bases: Words, width: int, level: int, shift: int) -> Rows:
-        rows = blank(len(bases))
-        rows["start"] = bases
-        rows["end"] = bases + np.uint64(width << shift)
-        rows["size"] = 1 << shift
-        rows["level"] = level
-        rows["state"] = State.NO_TABLE
-        return rows
+    def find(self, ipa: Words, valid: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.bool_]]:
+        """Index of the leaf at each IPA, and whether there is one."""
+        leaves = self.leaves["ipa"]
+        if not len(leaves):
+            return np.zeros(len(ipa), np.intp), np.zeros(len(ipa), bool)
+        leaf = np.minimum(np.searchsorted(leaves, ipa), len(leaves) - 1)
+        return leaf, valid & (leaves[leaf] == ipa)
 
 
 def blank(count: int) -> Rows:

@@ -66,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--strict goes with --engine")
     if options.a == "-" and options.b == "-":
         raise UsageError("only one of A and B can be stdin")
+    check_captures(options)
     check_outputs(options)
     a, b = read_a(options), read_operand(options.a if options.b is None else options.b, options)
     found = diff(a.rows, b.rows, options.access_flag)
@@ -88,11 +89,26 @@ def run(options: argparse.Namespace) -> int:
 # --- operands --------------------------------------------------------------------------------------------------
 
 
+def check_captures(options: argparse.Namespace) -> None:
+    """Options that choose a table need a capture to choose from."""
+    if options.engine and not is_capture(options.a):
+        raise UsageError(f"--engine needs a nested capture as A, got {options.a}")
+    chosen = [name for name, value in (("--vm", options.vm), ("--nested", options.nested)) if value is not None]
+    chosen += ["--host"] * options.host + ["--tables"] * (options.tables != "auto")
+    if chosen and not is_capture(options.a) and not is_capture(options.b):
+        raise UsageError(f"{chosen[0]} needs a capture, and neither {options.a} nor {options.b} is one")
+
+
+def is_capture(text: str) -> bool:
+    """A folder, unless it is one of Linux's files, as ``dump -o`` writes it."""
+    path = Path(text)
+    linux = (path / KERNEL_FILE).is_file() and not (path / "tables.npz").is_file()
+    return text != "-" and path.is_dir() and not linux
+
+
 def read_a(options: argparse.Namespace) -> Operand:
     if not options.engine:
         return read_operand(options.a, options)
-    if not Path(options.a).is_dir():
-        raise UsageError(f"--engine needs a nested capture as A, got {options.a}")
     table = open_table(options.a, options, engine=True)
     return Operand(f"{options.a}: {table.label}", table.rows)
 
@@ -101,12 +117,10 @@ def read_operand(text: str, options: argparse.Namespace) -> Operand:
     from s2shadow.kerneltext import ends_inside_table
     from s2shadow.ranges import DumpError
 
-    path = Path(text)
-    if text != "-" and path.is_dir():
-        if not (path / KERNEL_FILE).is_file() or (path / "tables.npz").is_file():
-            table = open_table(text, options, engine=False)
-            return Operand(f"{text}: {table.label}", table.rows)
-        path = path / KERNEL_FILE
+    if is_capture(text):
+        table = open_table(text, options, engine=False)
+        return Operand(f"{text}: {table.label}", table.rows)
+    path = Path(text, KERNEL_FILE) if Path(text).is_dir() and text != "-" else Path(text)
     name = "stdin" if text == "-" else str(path)
     try:
         if text == "-":

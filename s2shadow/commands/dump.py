@@ -88,17 +88,19 @@ def run(options: argparse.Namespace) -> int:
     if options.format == "json" and options.json is None:
         options.json = "-"
     check_outputs(options)
+    for name in ("json", "csv"):
+        if options.format == "kernel" and getattr(options, name) == "-":
+            raise UsageError(f"--format kernel and --{name} cannot both go to stdout")
     if options.output is not None:
         return write_files(options)
     table = open_table(options.capture, options, options.engine)
     stream = text_stream(options)
-    if stream is not None:
-        if options.format == "kernel":
-            text = to_kernel(table)
-            write_output(lambda: (stream.write(text), stream.flush())[1])
-        else:
-            lines = table_lines(options.capture, table)
-            write_output(lambda: emit(lines, stream))
+    if options.format == "kernel":
+        text = to_kernel(table)
+        write_output(lambda: write_text(text, "-"))
+    elif stream is not None:
+        lines = table_lines(options.capture, table)
+        write_output(lambda: emit(lines, stream))
     if options.json is not None:
         write_output(lambda: write_json(table_json(options.capture, table), options.json), options.json)
     if options.csv is not None:
