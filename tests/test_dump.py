@@ -321,7 +321,7 @@ def check_walk(walk, row, ipa):
         assert (walk.pa, walk.size, walk.level) == (int(row["pa"]) + ipa - int(row["start"]), row["size"], level)
         assert (walk.perm, walk.memattr, walk.sh) == (row["perm"], row["memattr"], row["sh"])
     else:
-        assert walk.fault.startswith("access flag fault") and not row["attrs"] & AF
+        assert walk.fault.startswith("access flag fault") and not int(row["attrs"]) & AF
 
 
 def test_loops_and_limits():
