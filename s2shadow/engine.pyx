@@ -7,6 +7,7 @@ from collections import namedtuple
 import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -1205,6 +1206,10 @@ cdef class NestedVM:
 
     def _poke(self, index, ipa, flip):
         self.engine._poke(index, ipa, flip)
+
+    def _state(self):
+        """The engine's ``vm_t``, as a capsule valid as long as this object: for ``s2shadow._floor``, which measures."""
+        return PyCapsule_New(&self.engine.vm, "s2shadow.vm_t", NULL)
 
     def __repr__(self):
         return f"NestedVM({len(self.vcpus)} vCPUs, {len(self.contexts)} contexts, teardown={self.teardown!r})"
