@@ -634,8 +634,10 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
     into.budget -= entries
     for i in range(entries):
         if not read_desc(view, table + (i << 3), config.big_endian, &desc):
-            return 0
+            continue                        # a large granule's table may lie in RAM only in part
         if not is_leaf_or_fault(config, desc, level, &leaf):
+            continue
+        if leaf and config.bbm and level < FINAL_LEVEL and desc & DESC_NT:
             continue
         if block_address(config, desc, shift if leaf else config.granule_bits) & ~config.output_mask:
             continue
