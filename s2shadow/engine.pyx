@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -208,6 +209,7 @@ class Stats:
         return (self.link_bytes + self.rmap_bytes) / self.live if self.live else 0.0
 
 
+@cython.no_gc_clear  # dealloc needs mem to unpin it, in a cycle too (an embedder that has the engine and populates it)
 cdef class _Engine:
     """Owner of one ``vm_t``; what ``NestedVM``, its vCPUs and its host table share."""
 
