@@ -18,17 +18,18 @@ from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
 from s2shadow.host cimport grant_write, populate_linear
+from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.rmap cimport rmap_ensure, rmap_push, rmap_tidy
 from s2shadow.table cimport (
-    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, table_ensure, table_find, table_tidy,
+    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, slot_ipa, table_ensure, table_find, table_tidy,
 )
 from s2shadow.vm cimport (
     FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY,
-    KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active,
-    lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
+    KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t,
+    is_active, lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_stage2, walk_t
 
@@ -349,6 +350,11 @@ cdef install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t block, 
         rmap_push(&vm.rmap, head, slot)
     else:
         vm.arena.links[slot] = block
+        if (vm.teardown == TEARDOWN_INTERVAL_MAP
+                and not intervals_record(vm.contexts[vcpu.context].intervals, block, leaf.size,
+                                         slot_ipa(&vm.arena, slot))):
+            store64(vm.arena.words + slot, 0)
+            return INSTALL_NO_MEMORY
     leaf_added(&vm.arena, slot, leaf.guest_level - LEVEL_STAGE2_OFF)
     store64(vm.arena.words + slot, leaf.desc)
     vcpu.installed += 1
