@@ -5,8 +5,8 @@ from libc.stdint cimport uint8_t, uint16_t
 
 from s2shadow.arch cimport (
     ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_S2AP_W,
-    DESC_SH_SHIFT, DESC_TABLE, DESC_TAG, DESC_VALID, DESC_XN, FINAL_LEVEL, OA_48, level_shift, level_span,
-    s2ap_xn_to_perm,
+    DESC_SH_SHIFT, DESC_TABLE, DESC_TAG, DESC_VALID, DESC_XN, FINAL_LEVEL, decode_oa, encode_oa, level_shift,
+    level_span, s2ap_xn_to_perm,
 )
 from s2shadow.context cimport same_key
 from s2shadow.dirty cimport is_logged
@@ -113,9 +113,9 @@ cdef bint check_host_half(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t de
     if level < host_level:
         return found(finding, R_TOO_LARGE, slot, span, level_span(vm.arena.granule_bits, host_level))
     host_span = level_span(vm.arena.granule_bits, host_level)
-    pa = (host & OA_48 & ~(host_span - 1)) + (cipa & (host_span - 1))
-    if desc & OA_48 & ~(span - 1) != pa:
-        return found(finding, R_PA, slot, desc & OA_48 & ~(span - 1), pa)
+    pa = (decode_oa(&vm.arena.oa, host) & ~(host_span - 1)) + (cipa & (host_span - 1))
+    if decode_oa(&vm.arena.oa, desc) & ~(span - 1) != pa:
+        return found(finding, R_PA, slot, decode_oa(&vm.arena.oa, desc) & ~(span - 1), pa)
     if perm & ~s2ap_xn_to_perm(host, True):
         return found(finding, R_PERM, slot, perm, s2ap_xn_to_perm(host, True))
     if region == NULL or cipa + span > region.start + region.size or (region.readonly and perm & ACCESS_WRITE):
@@ -138,11 +138,13 @@ cdef uint64_t written_bits(const vm_t *vm, int level, bint canonical) noexcept n
     """The bits of a leaf that the engine may set: type, attributes, output address, software tag."""
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t allowed = DESC_VALID | DESC_AF | DESC_XN | (<uint64_t>0xF << DESC_MEMATTR_SHIFT)
-    allowed |= <uint64_t>3 << DESC_S2AP_SHIFT | <uint64_t>3 << DESC_SH_SHIFT
+    allowed |= <uint64_t>3 << DESC_S2AP_SHIFT
+    if not vm.arena.oa.implies_sh:
+        allowed |= <uint64_t>3 << DESC_SH_SHIFT
     allowed |= DESC_HOST_W if canonical else DESC_TAG | DESC_GUEST_DEVICE
     if level == FINAL_LEVEL:
         allowed |= DESC_TABLE
-    return allowed | (OA_48 & ~(span - 1))
+    return allowed | encode_oa(&vm.arena.oa, ~(span - 1))
 
 
 cdef bint check_bits(const vm_t *vm, uint32_t slot, uint64_t desc, int level, bint canonical,

@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from s2shadow.arch cimport oa_format_t
+
 ctypedef struct features_t:
     uint8_t pa_bits
     uint8_t granules            # bit 0: 4K, bit 1: 16K, bit 2: 64K
@@ -22,12 +24,10 @@ ctypedef struct features_t:
 
 ctypedef struct s2_config_t:
     uint64_t base               # of the start table, aligned to its size
-    uint64_t oa_mask            # address bits of a descriptor that are in place
-    uint64_t oa_high_mask       # address bits that move up by oa_high_shift (FEAT_LPA, FEAT_LPA2)
+    oa_format_t oa
     uint64_t walk_vtcr          # the VTCR bits that change a walk, others zero: part of the context key
     uint64_t s2pir
     uint16_t vmid
-    uint8_t oa_high_shift
     uint8_t enabled             # HCR_EL2.VM or HCR_EL2.DC
     uint8_t granule_bits
     uint8_t ia_bits
@@ -41,7 +41,7 @@ ctypedef struct s2_config_t:
     uint8_t ha
     uint8_t hd
     uint8_t ds
-    uint8_t lpa
+    uint8_t s2pie
     uint8_t sh0
     uint8_t xnx
     uint8_t fwb

@@ -68,6 +68,8 @@ cdef void shape_context(vm_t *vm, uint32_t index, const s2_config_t *config) noe
     context.rules.xnx = vm.features.xnx
     context.rules.guest_fwb = config.fwb
     context.rules.host_fwb = vm.features.fwb
+    context.rules.guest_cd = config.cd
+    context.rules.oa = vm.arena.oa
     context.rules.ignore_guest_attributes = vm.ignore_guest_attributes
 
 

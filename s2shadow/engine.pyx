@@ -12,12 +12,13 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
-    DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, OA_48, level_span,
-    s2ap_xn_to_perm,
+    DESC_AF, DESC_MEMATTR_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh,
+    largest_leaf_level, leaf_level_within, level_span, oa_format_t, s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport cas32, load64, store32
 from s2shadow.check cimport check_vm, finding_t
+from s2shadow.combine cimport host_oa_format
 from s2shadow.config cimport decode_config, fill_features, s2_config_t
 from s2shadow.context cimport context_acquire, context_entries, context_release, context_table_bytes
 from s2shadow.dirty cimport dirty_destroy, dirty_reserve
@@ -226,6 +227,7 @@ cdef class _Engine:
     def __cinit__(self, GuestMemory mem not None, uint32_t vcpus, uint32_t contexts, features, teardown,
                   bint ignore_attributes, uint64_t max_bytes, uint64_t table_base, bint track):
         cdef uint32_t i
+        cdef oa_format_t oa
         self.mem = mem
         self.features = features
         memset(&self.vm, 0, sizeof(vm_t))
@@ -235,7 +237,8 @@ cdef class _Engine:
         self.vm.ignore_guest_attributes = ignore_attributes
         self.vm.context_count = contexts
         self.vm.vcpu_count = vcpus
-        if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, table_base,
+        host_oa_format(&self.vm.features, &oa)
+        if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, &oa, table_base,
                           <uint64_t>1 << self.vm.features.pa_bits, max_bytes):
             raise MemoryError("cannot reserve address space for the table arena")
         self.vm.arena.keeps_links = self.vm.teardown == TEARDOWN_REVERSE_MAP
@@ -314,9 +317,11 @@ cdef class _Engine:
         if policy is None:
             self.vm.populate = POPULATE_NONE
         elif isinstance(policy, Linear):
+            if policy.offset % self.page_size():
+                raise ValueError(f"offset {policy.offset:#x} is not aligned to the host page ({self.page_size()})")
+            self.vm.linear_level = self.level_of_block(policy.max_block)
             self.vm.linear_offset = policy.offset
             self.vm.linear_fresh = policy.fresh
-            self.vm.linear_level = self.level_of_block(policy.max_block)
             self.vm.populate = POPULATE_LINEAR
         elif callable(policy):
             self.vm.populate = POPULATE_CALLABLE
@@ -329,12 +334,9 @@ cdef class _Engine:
 
     cdef int level_of_block(self, uint64_t size) except -9:
         """Level of the largest host leaf not above ``size``."""
-        cdef int bits = self.vm.arena.granule_bits
         if size < self.page_size():
             raise ValueError(f"block size {size} is below the host page ({self.page_size()})")
-        if bits == 12 and size >= level_span(bits, 1):
-            return 1
-        return 2 if size >= level_span(bits, 2) else 3
+        return leaf_level_within(self.vm.arena.granule_bits, self.vm.arena.oa.wide, size)
 
     cdef int fill_attrs(self, object perm, object memattr, host_attrs_t *attrs) except -1:
         attrs.perm = perm_mask(perm)
@@ -374,12 +376,14 @@ cdef class _Engine:
         cdef change_t change
         cdef uint64_t dropped = 0, cipa, pa, size
         cdef bint mapped
+        cdef uint64_t largest = level_span(self.vm.arena.granule_bits,
+                                           largest_leaf_level(self.vm.arena.granule_bits, self.vm.arena.oa.wide))
         leaf_rows = self.captured_leaves(addresses, pages, vttbr, vtcr)
         for row in leaf_rows:
             cipa, pa, size = row["ipa"], row["pa"], row["size"]
             if (cipa + size) >> self.vm.features.pa_bits and cipa + size != 1 << self.vm.features.pa_bits:
                 raise ValueError(f"captured leaf at {cipa:#x} is beyond pa_bits={self.vm.features.pa_bits}")
-            if size > level_span(self.vm.arena.granule_bits, 1 if self.vm.arena.granule_bits == 12 else 2):
+            if size > largest:
                 raise ValueError(f"captured leaf of {size:#x} bytes at {cipa:#x} is larger than the host's blocks")
         change.ticket = self.vm.owed.seq
         for row in leaf_rows:
@@ -499,7 +503,7 @@ cdef class _Engine:
                     break
                 desc = load64(self.vm.arena.words + slot)
                 span = level_span(self.vm.arena.granule_bits, level)
-                rows.append((at, desc & OA_48 & ~(span - 1), span, s2ap_xn_to_perm(desc, True),
+                rows.append((at, decode_oa(&self.vm.arena.oa, desc) & ~(span - 1), span, s2ap_xn_to_perm(desc, True),
                              desc >> DESC_MEMATTR_SHIFT & 0xF))
                 at += span
         finally:
@@ -516,16 +520,19 @@ cdef class _Engine:
                        context_entries(&self.vm, c), context_table_bytes(&self.vm, c), c.refs)
 
     cdef object vttbr_of(self, const table_t *table, host_vmid):
-        return self.vm.arena.table_base + (<uint64_t>table.root << self.vm.arena.granule_bits) | host_vmid << 48
+        """The table's address in VTTBR_EL2's form: bits 51:48 of a 52-bit one stand in 5:2."""
+        root = self.vm.arena.table_base + (<uint64_t>table.root << self.vm.arena.granule_bits)
+        return host_vmid << 48 | root & (1 << 48) - 1 | root >> 48 << 2
 
     cdef object vtcr_of(self, const table_t *table):
         """VTCR_EL2 under which another walker reads our tables: no hardware updates, inner shareable, write-back."""
         cdef int bits = self.vm.arena.granule_bits
         tg0 = {12: 0, 14: 2, 16: 1}[bits]
         sl0 = 2 - table.start_level if bits == 12 else 3 - table.start_level
-        ps = {32: 0, 36: 1, 40: 2, 42: 3, 44: 4, 48: 5}[self.vm.features.pa_bits]
-        return (64 - table.ia_bits | sl0 << 6 | 1 << 8 | 1 << 10 | 3 << 12 | tg0 << 14 | ps << 16
-                | self.vm.features.vmid16 << 19 | 1 << 31)
+        ps = {32: 0, 36: 1, 40: 2, 42: 3, 44: 4, 48: 5, 52: 6}[self.vm.features.pa_bits]
+        ds = self.vm.arena.oa.implies_sh
+        return (64 - table.ia_bits | sl0 << 6 | 1 << 8 | 1 << 10 | SH_ISH << 12 | tg0 << 14 | ps << 16
+                | self.vm.features.vmid16 << 19 | 1 << 31 | ds << 32)
 
     def contexts(self):
         cdef uint32_t i
@@ -575,11 +582,11 @@ cdef class _Engine:
         cdef uint64_t desc = load64(self.vm.arena.words + slot)
         row.ipa = ipa
         row.size = level_span(self.vm.arena.granule_bits, level)
-        row.pa = desc & OA_48 & ~(row.size - 1)
+        row.pa = decode_oa(&self.vm.arena.oa, desc) & ~(row.size - 1)
         row.desc = desc
         row.perm = s2ap_xn_to_perm(desc, True)
         row.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-        row.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+        row.sh = decode_sh(&self.vm.arena.oa, desc, SH_ISH)
         row.young = (desc & DESC_AF) != 0
         row.level = <int8_t>level
         row.guest_level = <int8_t>(<int>read_tag(desc) + LEVEL_STAGE2_OFF)
@@ -1260,8 +1267,11 @@ cdef class NestedVM:
 def check_features(features):
     if not isinstance(features, Features):
         raise TypeError(f"features must be a Features, got {type(features).__name__}")
-    if features.pa_bits > 48:
-        raise ValueError(f"an engine supports pa_bits up to 48, got {features.pa_bits}")
+    wide = features.lpa if features.host_granule == 65536 else features.lpa2
+    if features.pa_bits > 48 and not wide:
+        raise ValueError(f"pa_bits={features.pa_bits} with host_granule={features.host_granule} needs "
+                         f"{'lpa' if features.host_granule == 65536 else 'lpa2'}=True: the host's tables could not "
+                         "hold such addresses")
 
 
 def check_counts(vcpus, contexts, features):

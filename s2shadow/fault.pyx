@@ -10,9 +10,9 @@ from libc.stdint cimport int8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport (
-    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT,
-    DESC_VALID, DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, OA_48, hpfar, level_span, memattr_is_device,
-    required_perm, s2ap_xn_to_perm,
+    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_VALID,
+    DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh, hpfar, level_span,
+    memattr_is_device, required_perm, s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
@@ -57,7 +57,7 @@ cdef inline void describe_hit(const vm_t *vm, uint64_t desc, uint64_t ipa, int l
     out.perm = s2ap_xn_to_perm(desc, True)
     out.size = span
     out.cipa = block + (ipa & (span - 1))
-    out.pa = (desc & OA_48 & ~(span - 1)) + (ipa & (span - 1))
+    out.pa = (decode_oa(&vm.arena.oa, desc) & ~(span - 1)) + (ipa & (span - 1))
 
 
 cdef inline uint32_t shadow_leaf(const vm_t *vm, const context_t *context, uint64_t ipa, uint64_t *desc,
@@ -181,9 +181,9 @@ cdef bint host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t
     cdef uint64_t block
     host.perm = s2ap_xn_to_perm(desc, True)
     host.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-    host.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+    host.sh = decode_sh(&vm.arena.oa, desc, SH_ISH)
     host.size = level_span(vm.arena.granule_bits, level)
-    host.pa = desc & OA_48 & ~(host.size - 1)
+    host.pa = decode_oa(&vm.arena.oa, desc) & ~(host.size - 1)
     if region.readonly:
         host.perm &= ~ACCESS_WRITE
     while True:
@@ -220,6 +220,8 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     out.cipa = walked.pa
     out.level = walked.level
     region = find_region(&vcpu.view, walked.pa)
+    if access & ACCESS_WRITE and not walked.perm & ACCESS_WRITE:
+        region = NULL                       # only the MMU may write there (FEAT_S2PIE): no shadow leaf can say so
     if region == NULL or walked.pa >> vm.canonical.ia_bits:
         out.kind = KIND_MMIO
         out.fsc = FSC_EXTERNAL_ABORT

@@ -11,8 +11,8 @@ done to every leaf.
 
 
 from s2shadow.arch cimport (
-    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL,
-    OA_48, PERM_ALL, level_span, s2ap_xn_to_perm,
+    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_VALID, FINAL_LEVEL, PERM_ALL, SH_ISH,
+    decode_oa, decode_sh, largest_leaf_level, leaf_level_within, level_span, s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport fetch_or64, load64, store64
 from s2shadow.combine cimport leaf_desc
@@ -31,7 +31,6 @@ from s2shadow.vm cimport (
 )
 
 cdef enum:
-    SH_ISH = 3
     LOG_CHUNK_PAGES = 4096      # host pages whose logging is switched in one exclusive section
 
 
@@ -265,7 +264,7 @@ cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, 
 
 cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const host_attrs_t *attrs) noexcept nogil:
     """A canonical leaf; W is withheld while any page under it is logged."""
-    cdef uint64_t desc = leaf_desc(pa, level, attrs.perm, attrs.memattr, attrs.sh, vm.features.xnx)
+    cdef uint64_t desc = leaf_desc(&vm.arena.oa, pa, level, attrs.perm, attrs.memattr, attrs.sh, vm.features.xnx)
     if not attrs.young:
         desc &= ~DESC_AF
     if attrs.perm & ACCESS_WRITE:
@@ -275,19 +274,10 @@ cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const h
     return desc
 
 
-cdef inline bint is_leaf_level(int granule_bits, int level) noexcept nogil:
-    return level >= 2 or (granule_bits == 12 and level == 1)
-
-
 cdef int best_level(const vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block) noexcept nogil:
     """Level of the largest leaf that is aligned at both addresses and fits."""
-    cdef int level = 1
-    cdef uint64_t span
-    while level < FINAL_LEVEL:
-        span = level_span(vm.arena.granule_bits, level)
-        if (is_leaf_level(vm.arena.granule_bits, level) and span <= size and span <= max_block
-                and not (cipa | pa) & (span - 1)):
-            break
+    cdef int level = leaf_level_within(vm.arena.granule_bits, vm.arena.oa.wide, size if size < max_block else max_block)
+    while level < FINAL_LEVEL and (cipa | pa) & (level_span(vm.arena.granule_bits, level) - 1):
         level += 1
     return level
 
@@ -314,9 +304,9 @@ cdef bint same_mapping(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, cons
         desc = load64(vm.arena.words + slot)
         if not desc & DESC_VALID or granted_perm(desc) != attrs.perm:
             return False
-        if desc >> DESC_MEMATTR_SHIFT & 0xF != attrs.memattr or desc >> DESC_SH_SHIFT & 3 != attrs.sh:
+        if desc >> DESC_MEMATTR_SHIFT & 0xF != attrs.memattr or decode_sh(&vm.arena.oa, desc, SH_ISH) != attrs.sh:
             return False
-        if (desc & OA_48) + (at & (level_span(vm.arena.granule_bits, level) - 1)) != pa + (at - cipa):
+        if decode_oa(&vm.arena.oa, desc) + (at & (level_span(vm.arena.granule_bits, level) - 1)) != pa + (at - cipa):
             return False
         at = (at & ~(level_span(vm.arena.granule_bits, level) - 1)) + level_span(vm.arena.granule_bits, level)
     return True
@@ -326,11 +316,11 @@ cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_
     """Evict shadows until the tables that a mapping may need fit under the bound; False if they cannot."""
     cdef int granule_bits = vm.arena.granule_bits
     cdef uint64_t pages = 0, span
-    cdef int level
+    cdef int level, largest = largest_leaf_level(granule_bits, vm.arena.oa.wide)
     for level in range(vm.canonical.start_level, FINAL_LEVEL):
         span = level_span(granule_bits, level)
         pages += 2                          # at the two ends
-        if not is_leaf_level(granule_bits, level) or span > max_block or (cipa ^ pa) & (span - 1):
+        if level < largest or span > max_block or (cipa ^ pa) & (span - 1):
             pages += size / span
     while not arena_has_room(&vm.arena, pages):
         if not evict(vm, NO_CONTEXT, 0):
@@ -400,7 +390,7 @@ cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexce
     if level < vm.linear_level:
         level = vm.linear_level
     for at in range(level, FINAL_LEVEL + 1):
-        if not is_leaf_level(vm.arena.granule_bits, at):
+        if at < largest_leaf_level(vm.arena.granule_bits, vm.arena.oa.wide):
             continue
         span = level_span(vm.arena.granule_bits, at)
         block = cipa & ~(span - 1)
@@ -521,9 +511,9 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
     narrow_shadows(vm, first, last, perm, True, change)
     attrs.perm = perm
     attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-    attrs.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+    attrs.sh = decode_sh(&vm.arena.oa, desc, SH_ISH)
     attrs.young = (desc & DESC_AF) != 0
-    changed = host_desc(vm, block, desc & OA_48, level, &attrs)
+    changed = host_desc(vm, block, decode_oa(&vm.arena.oa, desc), level, &attrs)
     if perm & ACCESS_WRITE:
         changed |= desc & DESC_S2AP_W       # W that a write has earned stays: the page is marked
     store64(vm.arena.words + slot, changed)

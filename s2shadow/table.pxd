@@ -5,7 +5,7 @@
 
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, level_shift
+from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
 from s2shadow.atomics cimport peek64
 
 cdef enum:
@@ -41,6 +41,7 @@ ctypedef struct arena_t:
     uint64_t *words             # the table pages: entry words, indexed by slot
     uint64_t *links             # next and prev of a shadow leaf, indexed by slot
     page_t *pages
+    oa_format_t oa
     uint64_t table_base         # simulated physical address of page 0
     uint64_t max_bytes          # of tables, links and heads; 0: no bound
     uint64_t used_bytes         # what max_bytes bounds
@@ -65,8 +66,8 @@ ctypedef struct table_t:
     uint8_t concatenated_bits
     int8_t start_level
 
-cdef bint arena_init(arena_t *arena, int granule_bits, uint64_t table_base, uint64_t address_limit,
-                     uint64_t max_bytes) noexcept nogil
+cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, uint64_t table_base,
+                     uint64_t address_limit, uint64_t max_bytes) noexcept nogil
 cdef void arena_destroy(arena_t *arena) noexcept nogil
 cdef bint arena_charge(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil
 cdef void arena_refund(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil
@@ -103,11 +104,12 @@ cdef inline bint is_table(uint64_t desc, int level) noexcept nogil:
 
 
 cdef inline uint32_t child_page(const arena_t *arena, uint64_t desc) noexcept nogil:
-    return <uint32_t>(((desc & OA_48) - arena.table_base) >> arena.granule_bits)
+    # The arena is far smaller than 2^48: bits 47:12 of the difference are enough, in every format.
+    return <uint32_t>(((desc - arena.table_base) & OA_48) >> arena.granule_bits)
 
 
 cdef inline uint64_t table_desc(const arena_t *arena, uint32_t page) noexcept nogil:
-    return (arena.table_base + (<uint64_t>page << arena.granule_bits)) | DESC_VALID | DESC_TABLE
+    return encode_oa(&arena.oa, arena.table_base + (<uint64_t>page << arena.granule_bits)) | DESC_VALID | DESC_TABLE
 
 
 cdef inline uint32_t table_find(const arena_t *arena, const table_t *table, uint64_t ipa, int *level) noexcept nogil:

@@ -2,7 +2,9 @@
 
 from libc.string cimport memset
 
-from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, level_shift, level_span
+from s2shadow.arch cimport (
+    DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
+)
 from s2shadow.atomics cimport cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
 from s2shadow.vmem cimport release, reserve
 
@@ -24,12 +26,13 @@ cdef void arena_unmap(arena_t *arena) noexcept nogil:
     arena.pages = NULL
 
 
-cdef bint arena_init(arena_t *arena, int granule_bits, uint64_t table_base, uint64_t address_limit,
-                     uint64_t max_bytes) noexcept nogil:
+cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, uint64_t table_base,
+                     uint64_t address_limit, uint64_t max_bytes) noexcept nogil:
     """Reserve address space for every slot that 31 bits can name; less where the system grants less."""
     memset(arena, 0, sizeof(arena_t))
     arena.granule_bits = <uint8_t>granule_bits
     arena.slot_bits = <uint8_t>(granule_bits - 3)
+    arena.oa = oa[0]
     arena.table_base = table_base
     arena.max_bytes = max_bytes
     arena.next_page = ROOT_PAGES            # page 0 is nil; roots stay aligned
@@ -128,14 +131,12 @@ cdef uint32_t reserve_root(arena_t *arena) noexcept nogil:
     return root
 
 
-cdef inline int largest_leaf_level(int granule_bits) noexcept nogil:
-    return 1 if granule_bits == 12 else 2
-
-
-cdef int start_level_for(int granule_bits, int ia_bits) noexcept nogil:
+cdef int start_level_for(int granule_bits, bint wide, int ia_bits) noexcept nogil:
     """The lowest table that can start a walk of ``ia_bits``, with up to 16 side by side; never below the level of the
     largest leaf, which must have a slot."""
-    cdef int level = largest_leaf_level(granule_bits)
+    cdef int level = largest_leaf_level(granule_bits, False)
+    if wide and ia_bits > level_shift(granule_bits, level - 1):
+        level -= 1
     while ia_bits > level_shift(granule_bits, level) + granule_bits - 3 + 4:
         level -= 1
     return level
@@ -145,13 +146,13 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
     """Shape an empty table; its root pages must hold nothing."""
     cdef int shift, i
     cdef page_t *page
-    cdef int smallest = level_shift(arena.granule_bits, largest_leaf_level(arena.granule_bits)) + 1
+    cdef int smallest = level_shift(arena.granule_bits, largest_leaf_level(arena.granule_bits, False)) + 1
     if ia_bits < smallest:                  # of that start level
         ia_bits = smallest
     table.root = root
     table.context = context
     table.ia_bits = <uint8_t>ia_bits
-    table.start_level = <int8_t>start_level_for(arena.granule_bits, ia_bits)
+    table.start_level = <int8_t>start_level_for(arena.granule_bits, arena.oa.wide, ia_bits)
     shift = level_shift(arena.granule_bits, table.start_level)
     table.concatenated_bits = 0
     if ia_bits > shift + arena.slot_bits:
@@ -298,7 +299,7 @@ cdef bint table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcep
 
 cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil:
     """Replace a canonical block by a table of leaves of the next size (exclusive side); the page, or 0."""
-    cdef uint64_t desc = load64(arena.words + slot), step, i
+    cdef uint64_t desc = load64(arena.words + slot), step, i, pa = decode_oa(&arena.oa, desc)
     cdef uint64_t entries = <uint64_t>1 << arena.slot_bits
     cdef uint32_t page = take_page(arena)
     cdef page_t *meta
@@ -312,10 +313,12 @@ cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nog
     meta.live = <uint16_t>entries
     meta.holds[0] = <uint16_t>entries       # the parent's count stays: one leaf less, one child more
     step = level_span(arena.granule_bits, level + 1)
+    desc &= ~encode_oa(&arena.oa, ~<uint64_t>0)
     if level + 1 == FINAL_LEVEL:
         desc |= DESC_TABLE
     for i in range(entries):
-        store64(arena.words + ((<uint64_t>page << arena.slot_bits) + i), desc + i * step)
+        store64(arena.words + ((<uint64_t>page << arena.slot_bits) + i),
+                desc | encode_oa(&arena.oa, pa + i * step))
     store64(arena.words + slot, table_desc(arena, page))
     return page
 

@@ -280,7 +280,7 @@ def test_walk_tables_of_nested_captures(run):
 @pytest.mark.parametrize("snapshot", [LINUX, NESTED, CAPTURES / "c_storm_lpa2_7.2" / "10_final",
                                       CAPTURES / "a_storm_max_7.2" / "10_final"], ids=lambda p: p.parent.name)
 def test_explain_ends_where_walk_ended(snapshot):
-    """The levels that are shown are read on their own; they must lead to the descriptor that the walk read."""
+    """Traced and untraced, a walk is the same; its last level is the descriptor that it read, decoded on its own."""
     mem = s2.GuestMemory()
     rng = np.random.default_rng(3)
     for vm in mem.load_tables(snapshot).vms:
@@ -289,11 +289,13 @@ def test_explain_ends_where_walk_ended(snapshot):
         wild = rng.integers(0, 1 << cfg.ia_bits, 50, dtype=np.uint64)
         for ipa in [*rng.choice(mapped, 50).tolist(), *wild.tolist()]:
             found = s2.walk(mem, cfg, ipa, update=False)
-            steps = report.explain(mem, cfg, found)
-            assert (steps[-1]["address"], steps[-1]["desc"]) == (found.desc_addr, found.desc)
-            assert steps[-1]["level"] == found.level
+            traced = s2.walk(mem, cfg, ipa, update=False, trace=True)
+            assert repr(traced) == repr(found) and found.steps == () == found.notes
+            last = traced.steps[-1]
+            assert (last.address, last.desc) == (found.desc_addr, found.desc)
+            assert last.level == found.level
             if not found.status:
-                assert steps[-1]["output"] == found.pa & -found.size
+                assert last.output == found.pa & -found.size
 
 
 def test_explain_unreadable_and_illegal():
@@ -302,11 +304,11 @@ def test_explain_unreadable_and_illegal():
     mem.add(0x1000_0000, 0x2000)
     mem.write64(0x1000_0000, 0x7000_0003)
     cfg = s2.Stage2Config(0x1000_0000, 0x802D3558)
-    lines = [line.text for line in report.explain_lines(mem, cfg, s2.walk(mem, cfg, 0, update=False))]
+    lines = [line.text for line in report.explain_lines(cfg, s2.walk(mem, cfg, 0, update=False, trace=True))]
     assert lines[1] == "L2  0x70000000[  0] = no RAM there"
     assert lines[2].startswith("0x0   external abort on table walk, level 2")
     cfg = s2.Stage2Config(0x1000_0000, 0x80000000)
-    lines = [line.text for line in report.explain_lines(mem, cfg, s2.walk(mem, cfg, 0, update=False))]
+    lines = [line.text for line in report.explain_lines(cfg, s2.walk(mem, cfg, 0, update=False, trace=True))]
     assert lines == ["0x0   translation fault, level 0 (FSC 0x04)"]
     assert report.config_line(cfg).endswith("every walk ends in a translation fault, level 0")
 
@@ -506,7 +508,7 @@ def test_ascii_terminals():
 
 @pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
 def test_progress_on_a_terminal(without, monkeypatch, rich):
-    from s2shadow.cli import progress_bar
+    from s2shadow.commands.common import progress_bar
 
     if rich:
         pytest.importorskip("rich")
@@ -521,7 +523,7 @@ def test_progress_on_a_terminal(without, monkeypatch, rich):
 
 
 def test_no_progress_elsewhere():
-    from s2shadow.cli import progress_bar
+    from s2shadow.commands.common import progress_bar
 
     with progress_bar(io.StringIO()) as progress:
         assert progress is None
