@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     from s2shadow.engine import VCPU, NestedVM
     from s2shadow.memory import GuestMemory
 
-__all__ = ["DEFAULT_POLICIES", "POLICIES", "Rig", "StormConfig", "StormError", "Workload", "build", "run", "summarize"]
+__all__ = ["DEFAULT_POLICIES", "POLICIES", "Rig", "StormConfig", "StormError", "Workload", "build", "run",
+           "summarize"]
 
 PAGE = 4096
 BLOCK = 2 << 20
@@ -59,7 +60,7 @@ PAGES_PER_BLOCK = BLOCK // PAGE
 
 REVERSE_MAP = "reverse-map"
 POLICIES = TEARDOWNS
-DEFAULT_POLICIES = (REVERSE_MAP, "blow-away", "blow-away-lean")  # half a minute; the interval map adds a quarter
+DEFAULT_POLICIES = (REVERSE_MAP, "blow-away", "blow-away-lean")     # what is, and what we do instead
 TLBI_MODES = ("exact", "kvm72")
 MOST_CONTEXTS = 65534           # host VMIDs of an engine
 

@@ -4,6 +4,7 @@ import numpy as np
 
 import rig
 import s2shadow
+from model.intervals import IntervalVM
 from model.memory import Memory
 from model.vm import VM, Linear
 from model.walk import Features
@@ -21,12 +22,13 @@ SLOTS = len(BASES)
 ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
 ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - 64 * K)
 VMALLS12, IPA, ALL = 0, 1, 5
+MODELS = {"interval-map": IntervalVM}
 
 
 class Pair:
     def __init__(
         self, granules=GRANULES[0], vcpus=1, populate=None, fwb=True, xnx=True, ha=True, contexts=3,
-        host_granule=4 * K, features=None, **engine,
+        host_granule=4 * K, features=None, teardown="reverse-map", **engine,
     ):  # fmt: skip
         self.page = host_granule
         self.data_end = DATA + DATA_PAGES * self.page
@@ -39,8 +41,8 @@ class Pair:
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
         options |= features or {}
         size = {"vcpus": vcpus, "contexts": contexts}
-        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), **size, **engine)
-        self.model = VM(self.theirs, Features(**options), **size)
+        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), teardown=teardown, **size, **engine)
+        self.model = MODELS.get(teardown, VM)(self.theirs, Features(**options), **size)
         self.vcpus = vcpus
         self.tables = [
             rig.Tables(self.ours.read64, self.write64, TABLES + 256 * M * n, granule, vtcr=ha << 21)
@@ -214,6 +216,7 @@ class Pair:
         self.check_host()
         self.check_tables()
         self.check_owed()
+        self.check_intervals()
         self.check_reverse(range(DATA, self.data_end, 509 * self.page))
         self.vm.check()
 
@@ -235,6 +238,12 @@ class Pair:
             ]
         stats = self.vm.stats
         assert stats.installed - stats.removed == stats.live == sum(len(c.leaves) for c in self.model.contexts)
+
+    def check_intervals(self):
+        """What the contexts' interval maps know and have forgotten, where there are any."""
+        if self.vm.teardown == "interval-map":
+            for ctx in self.vm.contexts:
+                assert self.vm.intervals(ctx.index).tolist() == self.model.contexts[ctx.index].ranges.rows()
 
     def check_host(self):
         rows = self.vm.host.leaves()[["cipa", "pa", "size", "perm", "memattr"]].tolist()
