@@ -182,6 +182,8 @@ cdef void intervals_remove(intervals_t *maps, uint64_t ipa) noexcept nogil:
 cdef bint intervals_find(intervals_t *maps, uint64_t start, uint64_t end, interval_t *out) noexcept nogil:
     """The first range that overlaps [start, end) of cIPA; False if none does."""
     cdef ranges_t.iterator at
+    if start >= end:
+        return False
     if maps.lost:
         out.start = 0
         out.end = out.ipa = UNKNOWN_IPA

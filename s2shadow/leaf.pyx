@@ -208,7 +208,7 @@ cdef bint visit_intervals(vm_t *vm, visit_t *visit) noexcept nogil:
     for i in range(vm.context_count):
         context = &vm.contexts[i]
         at = visit.start
-        while at < visit.end and intervals_find(context.intervals, at, visit.end, &found):
+        while intervals_find(context.intervals, at, visit.end, &found):
             at = found.end
             if found.ipa == UNKNOWN_IPA:
                 vm.kernel_steps += kernel_steps_per_context(vm)

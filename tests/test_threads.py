@@ -321,34 +321,37 @@ def test_host_change_amid_a_long_removal(end, teardown):
     """A context of many leaves is emptied in several sections. A host change that comes between two of them misses
     nothing of what is still there."""
     r = Rig(contexts=2, teardown=teardown)
-    pages = 24 * M // PAGE
     r.vm.host.map(RAM, HOST + PAGE + RAM, 64 * M)  # by pages
-    r.tables.map_range(0, DATA, 24 * M, level=2)
-    stop = threading.Event()
+    r.tables.map_range(0, DATA, 62 * M, level=2)
+    ipas = np.arange(62 * M // PAGE, dtype=np.uint64) * PAGE
+    emptying, done = threading.Event(), threading.Event()
 
     def emptier():
-        ipas = np.arange(pages, dtype=np.uint64) * PAGE
         try:
-            for k in range(150):
-                r.load(1 if end == "tlbi" else 1 + k)
+            for k in range(40):
+                r.load(1 + k if end == "recycle" else 1)
                 r.vm.vcpus[0].fault_many(ipas)
-                if end == "tlbi":
-                    r.vm.vcpus[0].tlbi("VMALLS12E1IS")
+                emptying.set()
+                if end == "recycle":
+                    r.load(1000 + k)
+                    r.load(2000 + k)
                 else:
-                    r.load(1000)
-                    r.load(1001)
+                    r.vm.vcpus[0].tlbi("VMALLS12E1IS")
+                emptying.clear()
         finally:
-            stop.set()
+            done.set()
 
     def changer():
         rng = np.random.default_rng(3)
-        while not stop.is_set():
-            page = DATA + int(rng.integers(0, pages)) * PAGE
-            r.vm.unmap(page, page + PAGE)
-            r.vm.check()  # a context that is being emptied too: no leaf without a host leaf
-            r.vm.host.map(page, HOST + PAGE + page, PAGE)
+        while not done.is_set():
+            if emptying.wait(0.01):
+                page = DATA + int(rng.integers(0, len(ipas))) * PAGE
+                r.vm.unmap(page, page + PAGE)
+                r.vm.check()  # also of a context that has no owner any more
+                r.vm.host.map(page, HOST + PAGE + page, PAGE)
 
     together(emptier, changer)
+    assert r.vm.stats.invalidations > 40
     r.vm.check()
 
 
