@@ -14,6 +14,7 @@ from s2shadow.commands import (
     diff,
     dump,
     storm,
+    sweep,
     tlbi,
     walk,
 )
@@ -34,6 +35,7 @@ COMMANDS = (
     dump,
     diff,
     tlbi,
+    sweep,
 )
 
 
