@@ -506,7 +506,7 @@ def test_ascii_terminals():
 
 @pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
 def test_progress_on_a_terminal(without, monkeypatch, rich):
-    from s2shadow.cli import progress_bar
+    from s2shadow.commands.common import progress_bar
 
     if rich:
         pytest.importorskip("rich")
@@ -521,7 +521,7 @@ def test_progress_on_a_terminal(without, monkeypatch, rich):
 
 
 def test_no_progress_elsewhere():
-    from s2shadow.cli import progress_bar
+    from s2shadow.commands.common import progress_bar
 
     with progress_bar(io.StringIO()) as progress:
         assert progress is None
