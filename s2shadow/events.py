@@ -66,7 +66,7 @@ class EventKind(IntEnum):
     GUEST_FAULT = 1         # start=IPA, value=ESR, va=FAR, pc, access
     ACCESS_FAULT = 2        # start=IPA
     UNMAP_HVA = 3           # start, end (kvm_unmap_hva_range)
-    AGE_HVA = 4             # start, end; flags bit 0: fast_only
+    AGE_HVA = 4             # start, end
     TEST_AGE_HVA = 5        # start
     EXIT = 6                # value=exception class, pc; flags: 0 IRQ, 1 SERROR, 2 TRAP, 3 other
     SYS_ACCESS = 7          # insn, pc; flags bit 0: write (for a TLBI always; its operand is not in the trace)

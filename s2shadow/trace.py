@@ -32,6 +32,7 @@ __all__ = ["EVENT_DTYPE", "UNKNOWN", "EventKind", "Events", "Note", "TraceError"
 
 Progress = Callable[[int, "int | None"], None]
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK = 1 << 20             # bytes of text that are taken apart at a time; no line is longer
 SEARCH_LINES = 100_000      # a file without one event in so many lines is no trace
 
@@ -86,7 +87,7 @@ class TraceReader(Tally):
     unreadable          lines that are neither events, comments nor headers, or whose event says something unexpected
     unreadable_lines    the first ten of them: (line number, text)
     lost                events that the ring buffer lost, as far as the tool says so
-    out_of_order        rows whose time is before that of the row before (text; tools merge CPUs more or less well)
+    out_of_order        rows whose time is before that of the row before: CPUs are merged more or less well
     truncated           None, or in words where and why reading ended early
     notes               what user space wrote into the trace, at most 65,536 (the ``NOTE`` rows point here)
     ==================  =======================================================================================
@@ -123,9 +124,9 @@ class TraceReader(Tally):
 
     # --- from bytes to arrays
 
-    def _read(self, source: str | os.PathLike[str] | BinaryIO) -> Generator[Events]:
+    def _read(self, source: str | os.PathLike[str] | BinaryIO) -> Generator[Events, None, None]:
         with opened(source) as raw:
-            start = Source(raw)
+            start = self._start(raw)
             self._total = size_of(raw)
             for magic, what in FOREIGN.items():
                 if start.start.startswith(magic):
@@ -140,12 +141,18 @@ class TraceReader(Tally):
                 self.rows += len(array)
                 yield array
 
+    def _start(self, raw: Any) -> Source:
+        try:
+            return Source(raw)
+        except OSError as error:
+            raise TraceError(f"cannot read {self.name}: {error.strerror or error}") from None
+
     def _parse(self, source: Source) -> Iterator[Events]:
         parser: TextParser | CsvParser | None = None
         for block in self._blocks(source):
             if parser is None:
-                first = block.lstrip(b"\xef\xbb\xbf\r\n ").split(b"\n", 1)[0]
-                header = csv_header(first)
+                block = block.removeprefix(BYTE_ORDER_MARK)
+                header = csv_header(block)
                 self.format = "text" if header is None else "csv"
                 parser = TextParser(self, self._page) if header is None else CsvParser(self, header, self.name)
             rows, lines = parser.parse(block, self.lines + 1)
@@ -212,11 +219,14 @@ class TraceReader(Tally):
 
     def _expect_events(self) -> None:
         if not self.names:
+            if self.truncated:
+                raise TraceError(f"{self.name} cannot be read: {self.truncated}")
             if not self.lines:
                 raise TraceError(f"{self.name} is empty")
             shown = f", line {self.unreadable_lines[0][0]} is {self.unreadable_lines[0][1][:60]!r}" \
                 if self.unreadable_lines else ""
-            raise TraceError(f"{self.name} is no trace: no event in {self.lines:,} lines{shown}")
+            raise TraceError(f"{self.name} is no trace: not one event in {self.lines:,} line"
+                             f"{'s' if self.lines > 1 else ''}{shown}")
 
     def _note_order(self, array: Events) -> None:
         time = array["time"]
@@ -417,7 +427,7 @@ class VMNumbers:
         start = 0
         for at in [*destroyed.tolist(), len(events) - 1]:
             self.number_part(events[start:at + 1])
-            if events["kind"][at:at + 1] == EventKind.DESTROY:
+            if at >= 0 and events["kind"][at] == EventKind.DESTROY:
                 self.roots.pop(int(events["root"][at]), None)
             start = at + 1
         return events

@@ -190,7 +190,7 @@ def shapes(page: int) -> dict[bytes, Shape]:
 
 
 # Comments, headers, stack traces: not events, and nothing is missing
-PASSED_OVER = re.compile(rb"\s*$|\s*#|cpus=\d+$|version = |CPU \d+ is empty|\s*=> |\s*<stack trace>"
+PASSED_OVER = re.compile(rb"\s*$|\s*#|cpus=\d+$|version = |CPU \d+ is empty|\s*=> |.*<stack trace>$"
                          rb"|\s+[0-9a-f]{8,16} .*\)$")
 LOST = re.compile(rb".*(?:\[LOST (\d{1,18}) EVENTS|\[(\d{1,18}) EVENTS DROPPED|PERF_RECORD_LOST lost (\d{1,18}))")
 OVERWRITTEN = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
@@ -290,7 +290,7 @@ class TextParser:
 # --- the CSV of instructions -----------------------------------------------------------------------------------
 
 CSV_HEADER = b"seq,us,vcpu,el,event,op,insn,xt,x1,vttbr_el2,vtcr_el2,hcr_el2"
-CSV_FIELDS = {b"seq": "{seq:d}", b"us": "{us:d}", b"vcpu": "{vcpu:d}", b"el": "{el:d}", b"event": "{event:w}",
+CSV_FIELDS = {b"seq": "{seq:n}", b"us": "{us:n}", b"vcpu": "{vcpu:n}", b"el": "{el:n}", b"event": "{event:w}",
               b"insn": "{insn:x}", b"xt": "{value:x}", b"x1": "{start:x}", b"vttbr_el2": "{vttbr:x}",
               b"vtcr_el2": "{vtcr:x}", b"hcr_el2": "{hcr:x}"}
 CSV_OPTIONAL = {b"seq", b"op", b"x1"}
@@ -350,10 +350,11 @@ class CsvParser:
         return rows
 
 
-def csv_header(first_line: bytes) -> bytes | None:
-    """The header of a CSV by its first line, which may be a row already; None if this is no CSV."""
-    names = first_line.strip().split(b",")
-    if b"event" in names and b"insn" in names:
-        return first_line.strip()
-    is_row = len(names) == CSV_HEADER.count(b",") + 1 and names[4] in CSV_KINDS
-    return CSV_HEADER if is_row else None
+def csv_header(block: bytes) -> bytes | None:
+    """The header of a CSV that begins with ``block``; None if this is no CSV. Without a header it is the usual one."""
+    lines = (line.strip() for line in block.split(b"\n", 100))
+    first = next((line for line in lines if line and not line.startswith(b"#")), b"")
+    cells = first.split(b",")
+    if b"event" in cells and b"insn" in cells:
+        return first
+    return CSV_HEADER if len(cells) == CSV_HEADER.count(b",") + 1 and cells[4] in CSV_KINDS else None
