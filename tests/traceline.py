@@ -1,11 +1,18 @@
-"""An independent, slow reader of trace lines: str methods and one dict per line, for comparison with s2shadow.trace.
+"""For the tests of the trace import: calls of it, and an independent, slow reader to compare it with.
 
-It reads what ftrace wrote in the captures, field by field as the events are described, and knows nothing of the
-import's templates.
+The slow reader has str methods and one dict per line. It reads what ftrace wrote in the captures, field by field as the
+events are described, and knows nothing of the import's templates.
 """
 
-from s2shadow.events import EventKind as K
+import io
 
+import numpy as np
+
+from s2shadow.events import EVENT_DTYPE, UNKNOWN
+from s2shadow.events import EventKind as K
+from s2shadow.trace import read_trace
+
+UNSET = dict.fromkeys(EVENT_DTYPE.names, 0) | {"vm": UNKNOWN, "vcpu": UNKNOWN}
 KINDS = {
     "kvm_guest_fault": K.GUEST_FAULT, "kvm_access_fault": K.ACCESS_FAULT, "kvm_unmap_hva_range": K.UNMAP_HVA,
     "kvm_age_hva": K.AGE_HVA, "kvm_test_age_hva": K.TEST_AGE_HVA, "kvm_exit": K.EXIT, "kvm_sys_access": K.SYS_ACCESS,
@@ -22,6 +29,21 @@ KINDS = {
 }
 CSV_KINDS = {"TLBI": K.TLBI, "VTTBR": K.SET_VTTBR, "VTCR": K.SET_VTCR, "ENTRY": K.ENTER, "MARK": K.MARK, "FOLD": K.FOLD}
 PAGE = 4096
+CSV_HEADER = "seq,us,vcpu,el,event,op,insn,xt,x1,vttbr_el2,vtcr_el2,hcr_el2"
+
+
+def read(data, **options):
+    """Rows of a text or of bytes, and the reader that gave them."""
+    stream = io.BytesIO(data.encode() if isinstance(data, str) else data)
+    reader = read_trace(stream, **options)
+    arrays = list(reader)
+    return (np.concatenate(arrays) if arrays else np.zeros(0, EVENT_DTYPE)), reader
+
+
+def fields(row):
+    """What a row says, without the fields that are 0 or unknown."""
+    values = dict(zip(EVENT_DTYPE.names, row.tolist(), strict=True))
+    return {name: value for name, value in values.items() if value != UNSET[name]}
 
 
 def event_of(line, number):
