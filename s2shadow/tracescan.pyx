@@ -33,8 +33,8 @@ cdef enum:                      # operations of a program
     PASS_PROBE                  # "(address or symbol)", which begins every kprobe event
     LINE_END
 
-OPERATIONS = {"x": HEX, "n": NUMBER, "d": DECIMAL, "w": WORD, "rest": REST}
-PASSED_OVER = {"w": PASS_WORD, "text": PASS_TEXT, "cell": PASS_CELL, "probe": PASS_PROBE}
+cdef dict OPERATIONS = {"x": HEX, "n": NUMBER, "d": DECIMAL, "w": WORD, "rest": REST}
+cdef dict PASSED_OVER = {"w": PASS_WORD, "text": PASS_TEXT, "cell": PASS_CELL, "probe": PASS_PROBE}
 
 # EVENT_DTYPE
 cdef packed struct event_t:
@@ -385,8 +385,9 @@ cdef uint16_t vcpu_of(const uint8_t *comm, const uint8_t *end) noexcept nogil:
     """The vCPU that a VMM names its thread after: ``CPU 1/KVM`` (QEMU), ``vcpu1``, ``fc_vcpu 1``; else 0xFFFF."""
     cdef uint64_t value = 0
     cdef const uint8_t *p
-    if end - comm > 4 and memcmp(comm, b"CPU ", 4) == 0:
-        p = decimal(comm + 4, end, 4, &value)
+    p = find(comm, end, b"CPU ", 4)
+    if p != NULL:
+        p = decimal(p + 4, end, 4, &value)
         return <uint16_t>value if p != NULL and p < end and p[0] == c'/' else 0xFFFF
     p = find(comm, end, b"vcpu", 4)
     if p != NULL:
