@@ -86,6 +86,7 @@ class TraceReader(Tally):
     unused              those of them that do not (``kvm_entry`` and whatever else was recorded)
     unreadable          lines that are neither events, comments nor headers, or whose event says something unexpected
     unreadable_lines    the first ten of them: (line number, text)
+    left_out            what comments say was left out of the file: (line number, event, how many)
     lost                events that the ring buffer lost, as far as the tool says so
     out_of_order        rows whose time is before that of the row before: CPUs are merged more or less well
     truncated           None, or in words where and why reading ended early

@@ -193,6 +193,8 @@ def shapes(page: int) -> dict[bytes, Shape]:
 PASSED_OVER = re.compile(rb"\s*$|\s*#|cpus=\d+$|version = |CPU \d+ is empty|\s*=> |.*<stack trace>$"
                          rb"|\s+[0-9a-f]{8,16} .*\)$")
 LOST = re.compile(rb".*(?:\[LOST (\d{1,18}) EVENTS|\[(\d{1,18}) EVENTS DROPPED|PERF_RECORD_LOST lost (\d{1,18}))")
+# A comment in a trace that was made smaller
+LEFT_OUT = re.compile(rb"# (\d{1,18}) (\w{1,64}) lines\b.* left out\b")
 OVERWRITTEN = re.compile(rb"# entries-in-buffer/entries-written: (\d{1,18})/(\d{1,18})")
 
 
@@ -203,6 +205,7 @@ class Tally:
         self.unreadable = self.lost = self.notes_left_out = 0
         self.unreadable_lines: list[tuple[int, str]] = []
         self.notes: list[Note] = []
+        self.left_out: list[tuple[int, str, int]] = []
         self.names: Counter[bytes] = Counter()
 
     def count(self, name: bytes, times: int) -> None:
@@ -278,6 +281,9 @@ class TextParser:
                 self.tally.lost += int(lost[1] or lost[2] or lost[3])
             elif overwritten := OVERWRITTEN.match(text):
                 self.tally.lost += max(int(overwritten[2]) - int(overwritten[1]), 0)
+            elif left_out := LEFT_OUT.match(text):
+                if len(self.tally.left_out) < NOTES_LIMIT:
+                    self.tally.left_out.append((line, left_out[2].decode(), int(left_out[1])))
             elif not PASSED_OVER.match(text):
                 self.tally.reject(line, text)
 
