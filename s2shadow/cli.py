@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from s2shadow.commands import (
+    replay,
     storm,
     tlbi,
     walk,
@@ -27,6 +28,7 @@ from s2shadow.commands.common import (
 # in the order in which --help lists them
 COMMANDS = (
     storm,
+    replay,
     walk,
     tlbi,
 )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from s2shadow.features import Features
     from s2shadow.memory import GuestMemory
 
-__all__ = ["EXACT", "REFERENCE", "Distribution", "Lane", "Lanes", "Tally", "policies"]
+__all__ = ["EXACT", "REFERENCE", "Distribution", "Lane", "Lanes", "Tally"]
 
 REFERENCE, EXACT = "reverse-map", "exact"
 PAGE = 4096
@@ -30,14 +30,6 @@ DRAIN = 256
 HIT_KIND, MAPPED_KIND = int(Kind.HIT), int(Kind.MAPPED)     # plain integers compare faster
 
 Registers = tuple[int, int, int]        # VTTBR_EL2, VTCR_EL2, HCR_EL2
-
-
-def policies() -> tuple[str, ...]:
-    """Names of the teardown policies that the engine has."""
-    from s2shadow import engine
-
-    names: Sequence[str] = engine.TEARDOWNS  # type: ignore[attr-defined]
-    return tuple(names)
 
 
 class Distribution:

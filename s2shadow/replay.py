@@ -59,9 +59,10 @@ import numpy as np
 from s2shadow.constants import Kind
 from s2shadow.events import EventKind as K
 from s2shadow.events import Events
-from s2shadow.lanes import Lanes, Tally, policies
+from s2shadow.lanes import Lanes, Tally
 from s2shadow.memslots import Memslot, Memslots
 from s2shadow.recording import Recording, Snapshot, open_recording, read_snapshot
+from s2shadow.storm import POLICIES, TLBI_MODES
 from s2shadow.streams import Merger
 
 if TYPE_CHECKING:
@@ -74,7 +75,6 @@ __all__ = ["POINTS", "ROLES", "ReplayConfig", "ReplayError", "Session", "run"]
 Progress = Callable[[str, float], None]
 
 ROLES = ("l1", "l0")
-TLBI_MODES = ("exact", "kvm72")
 POINTS = 400            # of the time line, at most
 LARGEST = 8
 NEVER = 1 << 64
@@ -109,8 +109,8 @@ class ReplayConfig:
         if self.tlbi not in TLBI_MODES:
             raise ValueError(f"tlbi must be one of {', '.join(TLBI_MODES)}, got {self.tlbi!r}")
         for policy in self.teardown or ():
-            if policy not in policies():
-                raise ValueError(f"teardown must be of {', '.join(policies())}, got {policy!r}")
+            if policy not in POLICIES:
+                raise ValueError(f"teardown must be of {', '.join(POLICIES)}, got {policy!r}")
         if self.teardown is not None and not self.teardown:
             raise ValueError("teardown names no policy")
         for name in ("vcpus", "contexts"):
@@ -124,7 +124,7 @@ class ReplayConfig:
 
     @property
     def policies(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(self.teardown or policies()))
+        return tuple(dict.fromkeys(self.teardown or POLICIES))
 
 
 class Timeline:
@@ -164,7 +164,6 @@ class Session:
         self.instructions: Counter[int] = Counter()
         self.applied: Counter[str] = Counter()
         self.skipped: Counter[str] = Counter()
-        self.left_out: Counter[str] = Counter()         # lines that comments of the trace stand for, by event
         self.notes: dict[str, None] = {}
         self.checks: dict[str, list[Any]] = {"tables": [], "shadows": [], "hosts": [], "counts": [], "same_mapping": []}
         self.largest: list[dict[str, Any]] = []
@@ -188,6 +187,11 @@ class Session:
         """What user space wrote into the trace."""
         notes = self.text.notes if self.text is not None else []
         return notes[index].text if index < len(notes) else ""
+
+    @property
+    def left_out(self) -> list[tuple[int, str, int]]:
+        """Lines that comments of the text stand for: (line of the comment, event, how many)."""
+        return self.text.left_out if self.text is not None else []
 
     def is_repeated(self, repeating: bool, cpu: int, start: int, end: int) -> bool:
         """Whether a ``kvm_unmap_hva_range`` is of the notifier that a probe showed before it on the same CPU."""
@@ -425,9 +429,12 @@ def count_checks(session: Session, checks: dict[str, Any]) -> list[dict[str, Any
     left_out = {str(name) for name in checks.get("left_out_of_trace", ())}
     names = session.text.events if session.text is not None else {}
     rows = []
+    more: Counter[str] = Counter()
+    for _, name, count in session.left_out:
+        more[name] += count
     for name, expected in checks.get("ftrace", {}).items():
         if name not in left_out and not any(word.startswith(f"{name} ") for word in left_out):
-            recorded = names.get(name, 0) + session.left_out[name]
+            recorded = names.get(name, 0) + more[name]
             rows.append({"name": name, "recorded": recorded, "expected": expected})
     found: Counter[str] = Counter(instruction_names(session.instructions))
     for kind, name in ((K.SET_VTTBR, "VTTBR"), (K.SET_VTCR, "VTCR"), (K.MARK, "MARK"), (K.FOLD, "FOLD")):

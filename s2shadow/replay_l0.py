@@ -47,7 +47,7 @@ PLAYED = (GUEST_FAULT, NESTED_ERET, NESTED_EXCEPTION, MAP, UNMAP, WRPROTECT, AGE
           AGE_HVA, TEST_AGE_HVA, MEMSLOT, HANDLE_TLBI, INJECT_FAULT, TLBI, SET_VTTBR, SET_VTCR, int(K.ENTER),
           int(K.MARK))
 COLUMNS = ("kind", "time", "cpu", "pid", "tgid", "vcpu", "start", "end", "root", "pa", "access", "value", "insn", "el",
-           "hcr", "flags", "va")
+           "hcr", "flags", "va", "seq")
 MN_EVENTS = ("UNMAP", "CLEAR", "PROTECTION_VMA", "PROTECTION_PAGE")
 PAGE, FRAME = 4096, 2 << 20
 ALL_PERMISSIONS = int(READ | WRITE | EXEC | EXEC_EL0)
@@ -183,7 +183,7 @@ class L0Player:
         self.counts = {"l2": 0, "entries": 0, "as recorded": 0, "otherwise": 0,
                        "unanswered": 0}
         self.last_change: dict[str, Any] | None = None
-        self.change_pid = 0
+        self.change_pid = self.change_line = self.line = 0
 
     def start(self, rows: Events) -> None:
         session = self.session
@@ -237,11 +237,12 @@ class L0Player:
         session = self.session
         columns = zip(*[wanted[name].tolist() for name in COLUMNS], strict=True)
         for i, row in enumerate(columns):
-            kind, time, cpu, pid, tgid, vcpu, start, end, root, pa, access, value, insn, el, hcr, flags, va = row
+            kind, time, cpu, pid, tgid, vcpu, start, end, root, pa, access, value, insn, el, hcr, flags, va, line = row
             if time >= session.next_tick:
                 session.tick(time)
             if i in stops:
                 self.pass_snapshot(stops.pop(i))
+            self.line = line
             if kind in VCPU_ROWS:
                 machine = self.machine(tgid)
                 number = machine.vcpu(pid, vcpu)
@@ -461,10 +462,19 @@ class L0Player:
             self.unmap(self.numbered(0), pid, time, start, end, "UNMAP")
 
     def unmap(self, machine: Machine, pid: int, time: int, start: int, end: int, event: str) -> None:
+        self.add_left_out(self.line)
         machine.backing.remove(start, end)
         done = machine.lanes.unmap(start, end)
         self.last_change = self.session.changed(time, start, end, event, done)
-        self.change_pid = pid
+        self.change_pid, self.change_line = pid, self.line
+
+    def add_left_out(self, until: int) -> None:
+        """A trace that was made smaller keeps the first of the unmap calls, and says how many more there were."""
+        if self.last_change is not None and self.last_change.get("linux_unmaps"):
+            more = (count for line, name, count in self.session.left_out
+                    if name == "unmap" and self.change_line < line < until)
+            self.last_change["linux_unmaps"] += next(more, 0)
+        self.last_change = None
 
     def on_age(self, root: int, start: int, end: int, flags: int) -> None:
         self.has_age = True
@@ -584,6 +594,7 @@ class L0Player:
         for snapshot in self.snapshots if self.has_table else ():       # taken after the last row
             self.compare(snapshot)
         self.snapshots = []
+        self.add_left_out(1 << 64)
         for machine in self.machines.values():
             self.session.checks["same_mapping"].append(machine.lanes.agreement(lambda *regs: True))
 
