@@ -23,6 +23,7 @@ OTHER_S2PIR = rig.S2PIR ^ 0x4F << 56  # rwx and rwp give way to rx and x
 GRANULES = [(4 * K, 4 * K), (4 * K, 16 * K), (4 * K, 64 * K), (16 * K, 64 * K)]
 BASES = (0, 2 * M - 16 * K, 2 * M, 6 * M, 32 * M, 33 * M, 512 * M, 514 * M, G, G + 2 * M, 2 * G, 8 * G)
 SLOTS = len(BASES)
+HIGH_BASES = (*BASES[:-3], (1 << 48) + 2 * M, (1 << 51) + G, (1 << 52) - 32 * M)  # of inputs with 52 bits
 ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
 ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - 64 * K)
 VMALLS12, IPA, ALL = 0, 1, 5
@@ -56,6 +57,7 @@ class Pair:
         self.vcpus = vcpus
         self.tables = [self.new_tables(n, granules[n], vtcr=ha * rig.HA | more.pop("vtcr", 0), **more)
                        for n, more in enumerate(map(dict, shapes))]  # fmt: skip
+        self.bases = HIGH_BASES if any(tables.ia_bits == 52 for tables in self.tables) else BASES
         if populate:
             self.vm.host.populate = s2shadow.Linear(offset=self.host, max_block=populate)
             self.model.populate = Linear(self.host, populate)
@@ -86,7 +88,7 @@ class Pair:
     # addresses
 
     def ipa(self, slot, offset=0):
-        return BASES[slot % SLOTS] + offset * self.page + 8 * slot
+        return self.bases[slot % SLOTS] + offset * self.page + 8 * slot
 
     def target(self, page):
         """Where L1's leaf points: into the data, or once in a while where there is none."""
@@ -103,12 +105,12 @@ class Pair:
 
     # vCPUs
 
-    def load(self, n, vmid, table, on=True, hcr=0):
-        """`hcr`: more bits than VM, and FWB for table 1. VMID 3 has an S2PIR of its own."""
+    def load(self, n, vmid, table, on=True, hcr=0, s2pir=rig.S2PIR):
+        """`hcr`: more bits than VM, and FWB for table 1."""
         n %= self.vcpus
         tables = self.tables[table]
         hcr |= (HCR_VM if on else 0) | (HCR_FWB if table else 0)
-        more = {"hcr": hcr, "big_endian": tables.big_endian, "s2pir": OTHER_S2PIR if vmid == 3 else rig.S2PIR}
+        more = {"hcr": hcr, "big_endian": tables.big_endian, "s2pir": s2pir}
         index = self.vm.vcpus[n].load(tables.vttbr(vmid), tables.vtcr, **more).index
         assert index == self.model.load(n, tables.vttbr(vmid), tables.vtcr, **more)
 
@@ -148,6 +150,16 @@ class Pair:
         level = max(level, tables.start)
         cipa = self.target(page) & -tables.size(level)
         tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young), clean=clean)
+        if tlbi:
+            self.tlbi_ipa(0, ipa, 1)
+
+    def l1_change(self, table, ipa, perm, memattr, sh, clean, tlbi):
+        """L1 changes its mind about a page: the same address, other permissions or attributes."""
+        tables = self.tables[table]
+        where = tables.slot(ipa, 3)
+        desc = tables.get(where)
+        if desc & 3 == 3:
+            tables.set(where, tables.leaf(tables.decode(desc), 3, perm, memattr, sh, clean=clean))
         if tlbi:
             self.tlbi_ipa(0, ipa, 1)
 

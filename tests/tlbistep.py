@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from lockstep import BASES, GRANULES, SLOTS, K, Pair
+from lockstep import GRANULES, SLOTS, K, Pair
 from model import tlbi as book
 from model.tlbi import HCR_E2H, HCR_TGE, OPERATIONS
 from model.vm import guest_leaf_size
@@ -79,7 +79,11 @@ class TlbiPair(Pair):
         """(address, context, leaf): somewhere in what L1's leaf around a live leaf spans; or in an empty slot."""
         live = [(index, ipa) for index, ctx in enumerate(self.model.contexts) for ipa in sorted(ctx.leaves)]
         if not live:
-            return BASES[pick % SLOTS] + inside % 16 * 4 * K, self.model.contexts[self.model.vcpus[0].index or 0], None
+            return (
+                self.bases[pick % SLOTS] + inside % 16 * 4 * K,
+                self.model.contexts[self.model.vcpus[0].index or 0],
+                None,
+            )
         index, ipa = live[pick % len(live)]
         ctx = self.model.contexts[index]
         leaf = ctx.leaves[ipa]
@@ -97,7 +101,8 @@ class TlbiPair(Pair):
         address, ctx, leaf = self.target_leaf(pick, inside)
         if ttl == RIGHT:
             ttl = TG[ctx.granule] << 2 | leaf.guest_level & 3 if leaf else 0
-        xt = address >> 12 | ttl << 44 | (junk & 0xFF) << 36 | (junk >> 8 & 0xFFFF) << 48
+        res0 = (junk & 0xF0 if self.pa_bits == 52 else junk & 0xFF) << 36 | (junk >> 8 & 0xFFFF) << 48
+        xt = address >> 12 | ttl << 44 | res0
         self.issue(n, op, xt, **self.registers_for(ctx, who, table), hcr=hcr)
 
     def tlbi_range(self, n, op, pick, inside, size, tg, ttl, back, high, who, table, ds, junk=0, hcr=HCR_VM):
@@ -107,7 +112,8 @@ class TlbiPair(Pair):
         if ttl == RIGHT:
             ttl = leaf.guest_level & 3 if leaf else 0
         scale, num = size
-        shift = 16 if ds and self.model.features.lpa2 else 10 + 2 * (tg or 3)
+        ds_in_force = self.model.features.lpa2 and (self.tables[table].vtcr & DS or ds)
+        shift = 16 if ds_in_force else 10 + 2 * (tg or 3)
         span = (num + 1 << 5 * scale + 1) << 10 + 2 * (tg or 3)
         base = (max(address - span * back // 4, 0) | high) >> shift & (1 << 37) - 1
         xt = tg << 46 | scale << 44 | num << 39 | ttl << 37 | base | (junk & 0xFFFF) << 48
