@@ -1,4 +1,4 @@
-"""Machines of every kind, step by step: hypothesis chooses the machine, L1's formats and the sequence, and shrinks it."""
+"""Machines of every kind, step by step: hypothesis chooses machine, formats of L1 and sequence, and shrinks them."""
 
 import os
 import random
@@ -58,8 +58,10 @@ class Machines(Tlbis):
     def l1_maps_more(self, table, slot, offset, **fields):
         self.pair.l1_map(table, self.pair.ipa(slot, offset), 3, **fields)
 
-    @rule(table=TABLE, slot=st.integers(0, SLOTS - 1), offset=OFFSET, perm=PERM | st.just(MRO),
-          memattr=st.sampled_from([15, 15, 5, 1, 6, 7]), sh=st.integers(0, 3), clean=st.booleans(), tlbi=st.booleans())  # fmt: skip
+    @rule(
+        table=TABLE, slot=st.integers(0, SLOTS - 1), offset=OFFSET, perm=PERM | st.just(MRO),
+        memattr=st.sampled_from([15, 15, 5, 1, 6, 7]), sh=st.integers(0, 3), clean=st.booleans(), tlbi=st.booleans(),
+    )  # fmt: skip
     def l1_changes(self, table, slot, offset, **fields):
         self.pair.l1_change(table, self.pair.ipa(slot, offset), **fields)
 
