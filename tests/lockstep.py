@@ -4,6 +4,7 @@ import numpy as np
 
 import rig
 import s2shadow
+from model.intervals import IntervalVM
 from model.memory import Memory
 from model.vm import VM, HostLeaf, Linear
 from model.walk import Config, Features, walk
@@ -22,17 +23,20 @@ HUGE_LEVEL = {4 * K: 0, 16 * K: 1, 64 * K: 1}
 OTHER_S2PIR = rig.S2PIR ^ 0x4F << 56  # rwx and rwp give way to rx and x
 GRANULES = [(4 * K, 4 * K), (4 * K, 16 * K), (4 * K, 64 * K), (16 * K, 64 * K)]
 BASES = (0, 2 * M - 16 * K, 2 * M, 6 * M, 32 * M, 33 * M, 512 * M, 514 * M, G, G + 2 * M, 2 * G, 8 * G)
+VMIDS = (1, 2, 3)
 SLOTS = len(BASES)
 HIGH_BASES = (*BASES[:-3], (1 << 48) + 2 * M, (1 << 51) + G, (1 << 52) - 32 * M)  # of inputs with 52 bits
 ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
 ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - 64 * K)
 VMALLS12, IPA, ALL = 0, 1, 5
+MODELS = {"interval-map": IntervalVM}
 
 
 class Pair:
     def __init__(
         self, granules=GRANULES[0], vcpus=1, populate=None, fwb=True, xnx=True, ha=True, contexts=3,
-        host_granule=4 * K, features=None, shapes=({}, {}), high=False, attributes="architectural", **engine,
+        host_granule=4 * K, features=None, shapes=({}, {}), high=False, attributes="architectural",
+        teardown="reverse-map", **engine,
     ):  # fmt: skip
         """`shapes`: more about each of L1's two tables, for rig.Tables; `high`: addresses of 52 bits in L1's memory."""
         self.page = host_granule
@@ -49,8 +53,8 @@ class Pair:
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
         options |= features or {}
         size = {"vcpus": vcpus, "contexts": contexts, "attributes": attributes}
-        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), **size, **engine)
-        self.model = VM(self.theirs, Features(**options), **size)
+        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), teardown=teardown, **size, **engine)
+        self.model = MODELS.get(teardown, VM)(self.theirs, Features(**options), **size)
         self.pa_bits = self.model.features.pa_bits
         self.host = HOST_OF_PA_BITS[self.pa_bits]
         self.normal = 0b0110 if fwb else 0b1111
@@ -149,9 +153,18 @@ class Pair:
         tables = self.tables[table]
         level = max(level, tables.start)
         cipa = self.target(page) & -tables.size(level)
+        had_table = self.has_table(tables, ipa, level)
         tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young), clean=clean)
-        if tlbi:
-            self.tlbi_ipa(0, ipa, 1)
+        self.after_edit(ipa, had_table, tlbi)
+
+    def has_table(self, tables, ipa, level):
+        return level < 3 and tables.get(tables.slot(ipa, level)) & 3 == 3
+
+    def after_edit(self, ipa, had_table, tlbi):
+        """A vCPU may remember L1's tables, as hardware's walk caches do: where one went, L1 must say so, under every
+        VMID that uses the table. Leaves may wait: the model knows what the shadows hold of them."""
+        for vmid in VMIDS if had_table else VMIDS[:tlbi]:
+            self.tlbi_ipa(0, ipa, vmid)
 
     def l1_change(self, table, ipa, perm, memattr, sh, clean, tlbi):
         """L1 changes its mind about a page: the same address, other permissions or attributes."""
@@ -179,7 +192,9 @@ class Pair:
         level = HUGE_LEVEL[tables.granule]
         if tables.wide and level >= tables.start:
             size = tables.size(level)
+            had_table = self.has_table(tables, size * (1 + n), level)
             tables.map(size * (1 + n), (self.huge if to_huge else self.data) & -size, level, perm=perm)
+            self.after_edit(size * (1 + n), had_table, False)
 
     def huge_ipa(self, table, n, at):
         """`at` is an address inside."""
@@ -194,9 +209,10 @@ class Pair:
 
     def l1_unmap(self, table, ipa, level, tlbi=False):
         tables = self.tables[table]
-        tables.unmap(ipa, max(level, tables.start))
-        if tlbi:
-            self.tlbi_ipa(0, ipa, 1)
+        level = max(level, tables.start)
+        had_table = self.has_table(tables, ipa, level)
+        tables.unmap(ipa, level)
+        self.after_edit(ipa, had_table, tlbi)
 
     def tlbi(self, n, op, vmid):
         regs = self.registers(vmid)
@@ -273,6 +289,7 @@ class Pair:
         self.check_host()
         self.check_tables()
         self.check_owed()
+        self.check_intervals()
         self.check_reverse(range(self.data, self.data_end, 509 * self.page))
         self.vm.check()
 
@@ -294,6 +311,12 @@ class Pair:
             ]
         stats = self.vm.stats
         assert stats.installed - stats.removed == stats.live == sum(len(c.leaves) for c in self.model.contexts)
+
+    def check_intervals(self):
+        """What the contexts' interval maps know and have forgotten, where there are any."""
+        if self.vm.teardown == "interval-map":
+            for ctx in self.vm.contexts:
+                assert self.vm.intervals(ctx.index).tolist() == self.model.contexts[ctx.index].ranges.rows()
 
     def check_host(self):
         rows = self.vm.host.leaves()[["cipa", "pa", "size", "perm", "memattr"]].tolist()
