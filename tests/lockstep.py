@@ -155,15 +155,22 @@ class Pair:
         cipa = self.target(page) & -tables.size(level)
         had_table = self.has_table(tables, ipa, level)
         tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young), clean=clean)
-        self.after_edit(ipa, had_table, tlbi)
+        self.after_edit(table, ipa, had_table, tlbi)
 
     def has_table(self, tables, ipa, level):
         return level < 3 and tables.get(tables.slot(ipa, level)) & 3 == 3
 
-    def after_edit(self, ipa, had_table, tlbi):
+    def after_edit(self, table, ipa, had_table, tlbi):
         """A vCPU may remember L1's tables, as hardware's walk caches do: where one went, L1 must say so, under every
         VMID that uses the table. Leaves may wait: the model knows what the shadows hold of them."""
-        for vmid in VMIDS if had_table else VMIDS[:tlbi]:
+        if had_table:
+            self.forget_table(table, ipa)
+        elif tlbi:
+            self.tlbi_ipa(0, ipa, 1)
+
+    def forget_table(self, table, ipa):
+        """L1 says that a table under this address went."""
+        for vmid in VMIDS:
             self.tlbi_ipa(0, ipa, vmid)
 
     def l1_change(self, table, ipa, perm, memattr, sh, clean, tlbi):
@@ -194,7 +201,7 @@ class Pair:
             size = tables.size(level)
             had_table = self.has_table(tables, size * (1 + n), level)
             tables.map(size * (1 + n), (self.huge if to_huge else self.data) & -size, level, perm=perm)
-            self.after_edit(size * (1 + n), had_table, False)
+            self.after_edit(table, size * (1 + n), had_table, False)
 
     def huge_ipa(self, table, n, at):
         """`at` is an address inside."""
@@ -212,7 +219,7 @@ class Pair:
         level = max(level, tables.start)
         had_table = self.has_table(tables, ipa, level)
         tables.unmap(ipa, level)
-        self.after_edit(ipa, had_table, tlbi)
+        self.after_edit(table, ipa, had_table, tlbi)
 
     def tlbi(self, n, op, vmid):
         regs = self.registers(vmid)

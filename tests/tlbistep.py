@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from lockstep import GRANULES, SLOTS, K, Pair
+from lockstep import GRANULES, SLOTS, VMIDS, K, Pair
 from model import tlbi as book
 from model.tlbi import HCR_E2H, HCR_TGE, OPERATIONS
 from model.vm import guest_leaf_size
@@ -31,9 +31,12 @@ def class_of(op):
     return ("RANGE" if op.range else "IPA") if op.scope == "IPA" else op.scope
 
 
+FORGETTING = ("IPAS2E1IS", "IPAS2E1", "IPAS2E1OSNXS", "RIPAS2E1IS", "RIPAS2E1", "VMALLS12E1IS", "VMALLS12E1", "ALLE1")
+
+
 class TlbiPair(Pair):
     def __init__(self, granules=GRANULES[0], vcpus=1, dialect="exact", contexts=5, **options):
-        self.dialect, self.done = dialect, Counter()
+        self.dialect, self.done, self.forgotten = dialect, Counter(), 0
         super().__init__(granules, vcpus, contexts=contexts, tlbi=dialect, **options)
         self.tables[1].vtcr |= VS
 
@@ -72,6 +75,21 @@ class TlbiPair(Pair):
 
     def tlbi_ipa(self, n, ipa, vmid):
         self.issue(n, "IPAS2E1IS", ipa >> 12, **self.registers(vmid))
+
+    def forget_table(self, table, ipa):
+        """By any operation that is enough for it, under every VMID that the table is used with."""
+        tables = self.tables[table]
+        self.forgotten += 1
+        op = FORGETTING[self.forgotten % len(FORGETTING)]
+        if op.startswith("RIPAS2"):
+            shift = 16 if self.model.features.lpa2 and tables.vtcr & DS else tables.page_bits
+            xt = TG[tables.granule] << 46 | (ipa >> shift) & (1 << 37) - 1
+        else:
+            hint = TG[tables.granule] << 2 | 3 if self.forgotten % 2 else 0  # tables above the last level go all the same
+            xt = ipa >> 12 | hint << 44
+        for vmid in {*VMIDS, WIDE_VMID if table else 1}:
+            n = self.forgotten // 7 % self.vcpus
+            self.issue(n, op, xt, vttbr=tables.base | vmid << 48, vtcr=tables.vtcr)
 
     # aimed at what is there
 
