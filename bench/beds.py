@@ -5,11 +5,12 @@ compared by ``min``, which moves by a few per cent between runs, where means mov
 """
 
 import os
+import timeit
 from functools import cache
 
 import numpy as np
 
-from s2shadow._floor import chase
+from s2shadow._floor import chase, nothing, stream
 from s2shadow.storm import Rig, StormConfig, build
 
 PAGE = 4096
@@ -26,6 +27,18 @@ def load_ns(nbytes):
 def floor_ns(footprints):
     """The floor of an operation: one dependent load in each footprint (bytes, rounded up to a power of two)."""
     return sum(load_ns(max(PAGE, 1 << (int(nbytes) - 1).bit_length())) for nbytes in footprints)
+
+
+@cache
+def call_ns():
+    """The floor of an operation that is one call and touches next to nothing: an empty call of the same kind."""
+    return min(timeit.repeat("call(0, 0)", globals={"call": nothing}, number=10_000, repeat=10)) * 1e5
+
+
+@cache
+def stream_ns(entries):
+    """ns per table entry, read and written in order."""
+    return stream(entries)
 
 
 FULL = os.environ.get("S2SHADOW_BENCH") == "full"
