@@ -20,7 +20,8 @@ Region = namedtuple("Region", "start size readonly device")
 Region.__doc__ = "One region of L1's physical memory: start and size in bytes, and what it is."
 
 
-cdef const region_t *find_region_slow(mem_view_t *view, uint64_t address) noexcept nogil:
+cdef const region_t *search_region(const mem_view_t *view, uint64_t address, region_t *last) noexcept nogil:
+    """The region that holds ``address``, copied to ``last``, or NULL."""
     cdef uint32_t low = 0, high = view.map.count, middle
     cdef const region_t *region
     while low < high:
@@ -31,8 +32,8 @@ cdef const region_t *find_region_slow(mem_view_t *view, uint64_t address) noexce
         elif address - region.start >= region.size:
             low = middle + 1
         else:
-            view.last = region[0]
-            return &view.last
+            last[0] = region[0]
+            return last
     return NULL
 
 
@@ -116,7 +117,8 @@ cdef class GuestMemory:
         """Start using the current map from a thread without the GIL; pair with ``unpin``."""
         fetch_add32(&self.users, 1)
         view.epoch = 0
-        view.last.size = 0
+        view.tables.size = 0
+        view.output.size = 0
         view.map = NULL
         self.refresh(view)
 
@@ -129,7 +131,8 @@ cdef class GuestMemory:
         if view.map == NULL or view.epoch != epoch:
             view.map = <const region_map_t *>load_pointer(<void *const *>&self.map)
             view.epoch = epoch
-            view.last.size = 0
+            view.tables.size = 0
+            view.output.size = 0
 
     cdef int publish(self, region_map_t *map) except -1:
         cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)
