@@ -120,12 +120,13 @@ def walk_each(GuestMemory mem not None, Stage2Config cfg not None, const uint64_
     """One walk at a time -> how many ended in a leaf."""
     cdef mem_view_t view
     cdef walk_t walked
+    cdef const uint64_t *ipa = &ipas[0]
     cdef int64_t i, leaves = 0
     walked.pa = 0
     mem.pin(&view)
     with nogil:
         for i in range(ipas.shape[0]):
-            walk_stage2(&view, &cfg.c, ipas[i] ^ walked.pa >> 63, access, True, &walked)
+            walk_stage2(&view, &cfg.c, ipa[i] ^ walked.pa >> 63, access, True, &walked)
             leaves += not walked.status
     mem.unpin()
     return leaves
@@ -135,13 +136,14 @@ def fault_each(state, uint32_t vcpu, const uint64_t[::1] ipas, uint8_t access, u
     """One fault at a time -> how many were answered with ``kind``."""
     cdef vm_t *vm = vm_of(state)
     cdef fault_t row
+    cdef const uint64_t *given = &ipas[0]
     cdef uint64_t ipa
     cdef int64_t i, at, wanted = 0
     row.pa = 0
     with nogil:
         for i in range(ipas.shape[0]):
             at = 0
-            ipa = ipas[i] ^ row.pa >> 63
+            ipa = given[i] ^ row.pa >> 63
             fault_run(vm, &vm.vcpus[vcpu], &ipa, &access, 0, &row, 1, &at)
             wanted += row.kind == kind
     return wanted
@@ -151,12 +153,13 @@ def unmap_each(state, const uint64_t[::1] starts, uint64_t size):
     """One notifier at a time -> shadow leaves dropped."""
     cdef vm_t *vm = vm_of(state)
     cdef change_t change
+    cdef const uint64_t *given = &starts[0]
     cdef int64_t i
     cdef uint64_t start, dropped = 0
     change.dropped = 0
     with nogil:
         for i in range(starts.shape[0]):
-            start = starts[i] ^ change.dropped >> 63
+            start = given[i] ^ change.dropped >> 63
             host_unmap(vm, start, start + size, False, &change)
             dropped += change.dropped
     return dropped
@@ -169,11 +172,12 @@ def bare_unmap_each(state, const uint64_t[::1] starts, uint64_t size):
     unlock. Ranges must not cut a block.
     """
     cdef vm_t *vm = vm_of(state)
+    cdef const uint64_t *given = &starts[0]
     cdef int64_t i
     cdef uint64_t start, removed = 0
     with nogil:
         for i in range(starts.shape[0]):
-            start = starts[i] ^ removed >> 63
+            start = given[i] ^ removed >> 63
             removed += bare_unmap(vm, start, start + size)
     return removed
 
@@ -205,6 +209,7 @@ def tlbi_each(state, uint32_t word, const uint64_t[::1] operands, uint64_t vttbr
     cdef tlbi_op_t op
     cdef tlbi_regs_t regs
     cdef tlbi_result_t result
+    cdef const uint64_t *given = &operands[0]
     cdef int64_t i
     cdef uint64_t removed = 0
     if tlbi_lookup_word(word, &vm.features, &op) != TLBI_OK:
@@ -212,7 +217,7 @@ def tlbi_each(state, uint32_t word, const uint64_t[::1] operands, uint64_t vttbr
     regs.vttbr, regs.vtcr, regs.hcr = vttbr, vtcr, hcr
     with nogil:
         for i in range(operands.shape[0]):
-            apply_tlbi(vm, &op, operands[i] ^ removed >> 63, &regs, &result)
+            apply_tlbi(vm, &op, given[i] ^ removed >> 63, &regs, &result)
             removed += result.removed
     return removed
 
