@@ -34,14 +34,14 @@ from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_begin, owed_destroy, owed_end, owed_init, owed_take
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
 from s2shadow.table cimport (
-    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, is_table, next_leaf, page_of, page_t,
+    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, forget_path, is_table, next_leaf, page_of, page_t,
     reserve_root, slot_ipa, table_find, table_init, table_t,
 )
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
-    overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+    forget_guest_path, forget_ways, overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -235,6 +235,7 @@ cdef class _Engine:
         if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, &oa, table_base,
                           <uint64_t>1 << self.vm.features.pa_bits, max_bytes):
             raise MemoryError("cannot reserve address space for the table arena")
+        self.vm.arena.alone = vcpus == 1
         self.vm.arena.keeps_links = self.vm.teardown == TEARDOWN_REVERSE_MAP
         self.vm.contexts = <context_t *>calloc(contexts, sizeof(context_t))
         self.vm.vcpus = <vcpu_t *>calloc(vcpus, sizeof(vcpu_t))
@@ -251,6 +252,7 @@ cdef class _Engine:
                 raise MemoryError(f"no room for the roots of {contexts} contexts")
         for i in range(vcpus):
             self.vm.vcpus[i].context = NO_CONTEXT
+            forget_path(&self.vm.vcpus[i].canonical_path)
         self.vm.dirty.input_bits = self.vm.features.pa_bits
         self.vm.dirty.page_bits = self.vm.features.host_granule_bits
         mem.pin(&self.view)
@@ -867,7 +869,8 @@ cdef class VCPU:
         if self.c.context == NO_CONTEXT:
             self.leave()
             raise RuntimeError(f"vCPU {self.index} has no context: load() it first")
-        self.engine.mem.refresh(&self.c.view)
+        if self.engine.mem.refresh(&self.c.view):
+            forget_guest_path(self.c)
         return 0
 
     cdef void leave(self) noexcept:
@@ -890,6 +893,7 @@ cdef class VCPU:
                     self.c.context = NO_CONTEXT
                 self.c.context = context_acquire(&self.engine.vm, &config, vttbr_, vtcr_)
                 self.c.config = config
+                forget_ways(self.c)
                 self.c.vttbr = vttbr_
                 self.c.vtcr = vtcr_
                 self.c.hcr = hcr_

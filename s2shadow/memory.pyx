@@ -125,14 +125,16 @@ cdef class GuestMemory:
     cdef void unpin(self) noexcept:
         fetch_add32(&self.users, <uint32_t>-1)
 
-    cdef void refresh(self, mem_view_t *view) noexcept nogil:
-        """Take over a newer map, if there is one. Regions only come while a user is there, so hits stay right."""
+    cdef bint refresh(self, mem_view_t *view) noexcept nogil:
+        """Take over a newer map; False if there is none. Regions only come while a user is there, so hits stay right."""
         cdef uint64_t epoch = load64(&self.epoch)
         if view.map == NULL or view.epoch != epoch:
             view.map = <const region_map_t *>load_pointer(<void *const *>&self.map)
             view.epoch = epoch
             view.tables.size = 0
             view.output.size = 0
+            return True
+        return False
 
     cdef int publish(self, region_map_t *map) except -1:
         cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)

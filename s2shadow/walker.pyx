@@ -18,7 +18,7 @@ from s2shadow.arch cimport (
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport Stage2Config, fault_text
-from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, find_tables, mem_view_t, read_desc
+from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
 
@@ -634,8 +634,10 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
     into.budget -= entries
     for i in range(entries):
         if not read_desc(view, table + (i << 3), config.big_endian, &desc):
-            return 0
+            continue                        # a large granule's table may lie in RAM only in part
         if not is_leaf_or_fault(config, desc, level, &leaf):
+            continue
+        if leaf and config.bbm and level < FINAL_LEVEL and desc & DESC_NT:
             continue
         if block_address(config, desc, shift if leaf else config.granule_bits) & ~config.output_mask:
             continue
