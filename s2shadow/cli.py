@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from s2shadow.commands import (
     diff,
     dump,
+    replay,
     storm,
+    sweep,
     tlbi,
     walk,
 )
@@ -30,10 +32,12 @@ from s2shadow.commands.common import (
 # in the order in which --help lists them
 COMMANDS = (
     storm,
+    replay,
     walk,
     dump,
     diff,
     tlbi,
+    sweep,
 )
 
 

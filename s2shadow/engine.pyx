@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import numpy as np
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -28,6 +29,9 @@ from s2shadow.host cimport (
     change_t, changed_since, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
     populate_block,
 )
+from s2shadow.intervals cimport (
+    UNKNOWN_IPA, interval_t, intervals_find, intervals_free, intervals_new, intervals_record, intervals_remove,
+)
 from s2shadow.leaf cimport find_cipa
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t
@@ -40,13 +44,14 @@ from s2shadow.table cimport (
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
-    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
-    forget_guest_path, forget_ways, overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, forget_guest_path,
+    forget_ways, is_active, lock_exclusive, lock_shared, overlaps_active, range_t, read_tag, rwlock_destroy,
+    rwlock_init, unlock, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
 from s2shadow.config import Stage2Config
-from s2shadow.constants import HCR_FWB, HCR_VM, Access, Kind, perm_text, size_text
+from s2shadow.constants import HCR_FWB, HCR_VM, TEARDOWNS, Access, Kind, perm_text, size_text
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear, memattr_code, perm_mask
 from s2shadow.tlbi import UndefinedInstruction, operation_name
@@ -60,6 +65,7 @@ SHADOW_DTYPE = np.dtype([("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "
 REVERSE_DTYPE = np.dtype([("ipa", "u8"), ("size", "u8"), ("context", "u2")], align=True)
 HOST_LEAF_DTYPE = np.dtype([("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("perm", "u1"), ("memattr", "u1")],
                            align=True)
+INTERVAL_DTYPE = np.dtype([("start", "u8"), ("end", "u8"), ("ipa", "u8"), ("unknown", "u1")], align=True)
 TLBI_OP_DTYPE = np.dtype([("vcpu", "u2"), ("flags", "u2"), ("insn", "u4"), ("xt", "u8"), ("vttbr", "u8"),
                           ("vtcr", "u8"), ("hcr", "u8")], align=True)
 HW_TLBI_DTYPE = np.dtype([("seq", "u8"), ("op", "u1"), ("host_vmid", "u2"), ("start", "u8"), ("end", "u8"),
@@ -97,8 +103,8 @@ cdef enum:
 
 TLBI_CLASSES = ("IPA", "RANGE", "VMALLS12", "ALL", "STAGE1")     # in the order of tlbi_class_t
 ARENA_BYTES = 1 << 34                 # 2^31 slots of 8 bytes
-TEARDOWNS = {"reverse-map": TEARDOWN_REVERSE_MAP, "blow-away": TEARDOWN_BLOW_AWAY,
-             "blow-away-lean": TEARDOWN_BLOW_AWAY_LEAN}
+TEARDOWN_CODES = dict(zip(TEARDOWNS, (TEARDOWN_REVERSE_MAP, TEARDOWN_INTERVAL_MAP, TEARDOWN_BLOW_AWAY,
+                                      TEARDOWN_BLOW_AWAY_LEAN), strict=True))
 
 
 class InvariantError(AssertionError):
@@ -174,6 +180,8 @@ class TlbiCounters(namedtuple("TlbiCounters", "operations contexts removed requi
 class Stats:
     """Counters of a ``NestedVM`` since it was made, and what it holds now (``live``, ``host_leaves``, ``*_bytes``).
 
+    ``kernel_steps``: steps that Linux would have made through the input space of contexts that it empties (the engine
+    makes none). ``unknown_unmaps``: contexts that a host change emptied since their interval map did not know better.
     ``tlbis`` has ``TlbiCounters`` by class of operation: IPA, RANGE, VMALLS12, ALL, STAGE1.
     """
 
@@ -193,6 +201,7 @@ class Stats:
     live: int
     invalidations: int
     kernel_steps: int
+    unknown_unmaps: int
     contexts_recycled: int
     evictions: int
     host_leaves: int
@@ -204,10 +213,11 @@ class Stats:
 
     @property
     def reverse_map_bytes_per_entry(self):
-        """Heads, links and radix nodes for each live leaf; 0 where there is none."""
+        """Heads, links and radix nodes, or nodes of the interval maps, for each live leaf; 0 where there is none."""
         return (self.link_bytes + self.rmap_bytes) / self.live if self.live else 0.0
 
 
+@cython.no_gc_clear  # dealloc needs mem to unpin it, in a cycle too (an embedder that has the engine and populates it)
 cdef class _Engine:
     """Owner of one ``vm_t``; what ``NestedVM``, its vCPUs and its host table share."""
 
@@ -250,6 +260,10 @@ cdef class _Engine:
             self.vm.contexts[i].shadow.root = reserve_root(&self.vm.arena)
             if not self.vm.contexts[i].shadow.root:
                 raise MemoryError(f"no room for the roots of {contexts} contexts")
+            if self.vm.teardown == TEARDOWN_INTERVAL_MAP:
+                self.vm.contexts[i].intervals = intervals_new(&self.vm.arena)
+                if self.vm.contexts[i].intervals == NULL:
+                    raise MemoryError("cannot set up the interval maps")
         for i in range(vcpus):
             self.vm.vcpus[i].context = NO_CONTEXT
             forget_path(&self.vm.vcpus[i].canonical_path)
@@ -259,8 +273,12 @@ cdef class _Engine:
         self.pinned = True
 
     def __dealloc__(self):
+        cdef uint32_t i
         if self.pinned:
             self.mem.unpin()
+        if self.vm.contexts != NULL:
+            for i in range(self.vm.context_count):
+                intervals_free(self.vm.contexts[i].intervals)
         dirty_destroy(&self.vm.dirty)
         owed_destroy(&self.vm.owed)
         rmap_destroy(&self.vm.rmap)
@@ -419,7 +437,7 @@ cdef class _Engine:
         cdef bint drop_partial
         self.check_range(start, end)
         if partial is None:
-            drop_partial = self.vm.teardown != TEARDOWN_REVERSE_MAP
+            drop_partial = self.vm.teardown in (TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN)
         elif partial in ("split", "drop"):
             drop_partial = partial == "drop"
         else:
@@ -611,6 +629,23 @@ cdef class _Engine:
             found += [(row["ipa"], row["size"], context.index) for row in rows]
         return np.array(found, dtype=REVERSE_DTYPE)
 
+    def intervals(self, index):
+        cdef interval_t found
+        cdef uint64_t at = 0
+        if self.vm.teardown != TEARDOWN_INTERVAL_MAP:
+            raise ValueError("there are interval maps only with teardown='interval-map'")
+        rows = []
+        with nogil:
+            lock_exclusive(&self.vm.lock)
+        try:
+            while intervals_find(self.context_at(index).intervals, at, ~<uint64_t>0, &found):
+                unknown = found.ipa == UNKNOWN_IPA
+                rows.append((found.start, found.end, 0 if unknown else found.ipa, unknown))
+                at = found.end
+        finally:
+            unlock(&self.vm.lock)
+        return np.array(rows, dtype=INTERVAL_DTYPE)
+
     cdef int collect_pages(self, uint32_t page, list into) except -1:
         cdef const page_t *meta = &self.vm.arena.pages[page]
         cdef uint64_t i, desc
@@ -678,6 +713,7 @@ cdef class _Engine:
             retries=kinds[5], no_memory=kinds[6], installed=installed,
             removed=removed, relaxed=relaxed, replaced=replaced, narrowed=self.vm.narrowed,
             live=installed - removed, invalidations=self.vm.invalidations, kernel_steps=self.vm.kernel_steps,
+            unknown_unmaps=self.vm.unknown_unmaps,
             contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
             table_bytes=tables, link_bytes=links,
             rmap_bytes=heads, memory_bytes=tables + links + heads,
@@ -743,6 +779,13 @@ cdef class _Engine:
         cdef int level = 0
         cdef uint32_t slot = table_find(&self.vm.arena, table, ipa, &level)
         self.vm.arena.words[slot] ^= flip
+
+    def _poke_interval(self, index, uint64_t ipa, uint64_t cipa, uint64_t size):
+        """Forget the range at ``ipa``, or record one of ``size`` there: for tests of ``check``."""
+        if size:
+            intervals_record(self.context_at(index).intervals, cipa, size, ipa)
+        else:
+            intervals_remove(self.context_at(index).intervals, ipa)
 
 
 cdef class HostStage2:
@@ -1089,6 +1132,11 @@ cdef class NestedVM:
     ``mem`` stays in use as long as the VM lives. ``contexts`` is the size of the pool (None: 2 per vCPU).
     ``teardown``: what a host change does to the shadows: ``"reverse-map"`` drops exactly the leaves that map the
     range, ``"blow-away"`` every leaf of every context as Linux 7.2, ``"blow-away-lean"`` whole tables.
+    ``"interval-map"`` is what was proposed for Linux in 2026: each context has an ordered map from canonical ranges to
+    the nested range that maps them. Where two of its leaves overlap there (an alias, a page of a block mapped
+    elsewhere) it no longer knows, and a host change drops that whole context. The proposal is for removals only:
+    taking permissions (``protect``, dirty logging) narrows every leaf of every context, and ``age`` looks at the
+    host's leaves, both as under blow-away.
     ``tlbi``: ``"exact"`` removes what the architecture asks for, ``"kvm72"`` what Linux 7.2 removes.
     ``attributes``: ``"architectural"`` or ``"kvm72"`` (L1's memory attributes ignored). ``max_table_bytes`` bounds
     tables, links and heads: cold contexts and leaf tables are evicted. ``table_base`` is the simulated physical
@@ -1121,7 +1169,7 @@ cdef class NestedVM:
             raise ValueError(f"attributes must be 'architectural' or 'kvm72', got {attributes!r}")
         table_base = check_table_base(table_base, features)
         budget = table_budget(max_table_bytes, vcpus, contexts, features)
-        self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWNS[teardown], attributes == "kvm72", budget,
+        self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWN_CODES[teardown], attributes == "kvm72", budget,
                               table_base, track_tlbis)
         self.engine.vm.tlbi_kvm72 = tlbi == "kvm72"
         self.mem = mem
@@ -1178,6 +1226,13 @@ cdef class NestedVM:
         """Every shadow leaf that maps this host page: ``REVERSE_DTYPE`` array, sorted by context and IPA."""
         return self.engine.reverse(as_u64(cipa, "cipa"))
 
+    def intervals(self, index):
+        """A context's interval map, sorted: ``INTERVAL_DTYPE`` array of the canonical range [start, end) and the
+        ``ipa`` that maps its start; 0, and ``unknown`` 1, where that is not known any more. ``ValueError`` under
+        other policies.
+        """
+        return self.engine.intervals(index)
+
     def tables(self, index=None):
         """(addresses uint64[N], pages uint8[N, granule]) of a shadow, or of the canonical table for None."""
         return self.engine.tables(index)
@@ -1214,6 +1269,9 @@ cdef class NestedVM:
     def _state(self):
         """The engine's ``vm_t``, as a capsule valid as long as this object: for ``s2shadow._floor``, which measures."""
         return PyCapsule_New(&self.engine.vm, "s2shadow.vm_t", NULL)
+
+    def _poke_interval(self, index, ipa, cipa=0, size=0):
+        self.engine._poke_interval(index, ipa, cipa, size)
 
     def __repr__(self):
         return f"NestedVM({len(self.vcpus)} vCPUs, {len(self.contexts)} contexts, teardown={self.teardown!r})"

@@ -11,24 +11,26 @@ from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
     ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_VALID,
-    DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh, encode_oa, hpfar, level_span,
-    memattr_is_device, required_perm, s2ap_xn_to_perm,
+    DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh, encode_oa, hpfar,
+    level_span, memattr_is_device, required_perm, s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
 from s2shadow.host cimport grant_write, populate_linear
+from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
 from s2shadow.table cimport (
-    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, table_ensure, table_find, table_find_near, table_tidy,
+    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, slot_ipa, table_ensure, table_find, table_find_near,
+    table_tidy,
 )
 from s2shadow.vm cimport (
     FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY,
-    KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_REVERSE_MAP, combine_memo_t, context_t, fault_t, is_active,
-    lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
+    KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, combine_memo_t,
+    context_t, fault_t, is_active, lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_remembering, walk_t
 
@@ -170,7 +172,7 @@ cdef inline bint is_mmio(const region_t *region, bint host_mapped, uint8_t acces
 
 
 cdef inline bint host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa,
-                        host_leaf_t *host) noexcept nogil:
+                               host_leaf_t *host) noexcept nogil:
     """The host's leaf, cut to what lies inside the region: its neighbours may be read-only or nothing at all. False
     where not even a page does."""
     cdef uint64_t block
@@ -390,6 +392,11 @@ cdef inline install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint32_t 
         rmap_push(&vm.rmap, head, slot)
     else:
         vm.arena.links[slot] = block
+        if (vm.teardown == TEARDOWN_INTERVAL_MAP
+                and not intervals_record(vm.contexts[vcpu.context].intervals, block, leaf.size,
+                                         slot_ipa(&vm.arena, slot))):
+            store64(vm.arena.words + slot, 0)
+            return INSTALL_NO_MEMORY
     leaf_added(&vm.arena, slot, leaf.guest_level - LEVEL_STAGE2_OFF)
     store64(vm.arena.words + slot, leaf.desc)
     vcpu.installed += 1

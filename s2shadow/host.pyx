@@ -2,6 +2,11 @@
 
 Long removals work in chunks: their range is registered, faults in it answer RETRY, and the lock is let go between
 chunks. What changes one host leaf at a time is whole at every moment and needs no registration.
+
+What each policy does with the shadows: with the reverse map, only leaves over the range are touched. An interval map
+finds the leaves to remove, and knows no more than that: like Linux, which the proposal leaves as it is there, taking
+permissions narrows every leaf of every context, and aging looks at the host's leaves. Without either, removing too is
+done to every leaf.
 """
 
 
@@ -21,8 +26,8 @@ from s2shadow.table cimport (
     arena_has_room, leaf_added, leaf_removed, next_leaf, split_block, table_ensure, table_find, table_tidy,
 )
 from s2shadow.vm cimport (
-    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, kernel_steps_per_context,
-    lock_exclusive, overlaps_active, range_t, sched_yield, unlock, vm_t,
+    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP,
+    kernel_steps_per_context, lock_exclusive, overlaps_active, range_t, sched_yield, unlock, vm_t,
 )
 
 cdef enum:
@@ -31,6 +36,11 @@ cdef enum:
 
 cdef inline bint has_reverse_map(const vm_t *vm) noexcept nogil:
     return vm.teardown == TEARDOWN_REVERSE_MAP
+
+
+cdef inline bint drops_by_range(const vm_t *vm) noexcept nogil:
+    """Whether a removal finds its leaves; else it takes all."""
+    return vm.teardown == TEARDOWN_REVERSE_MAP or vm.teardown == TEARDOWN_INTERVAL_MAP
 
 
 cdef inline uint8_t granted_perm(uint64_t desc) noexcept nogil:
@@ -108,7 +118,7 @@ cdef void forget_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
 
 cdef void drop_shadows_at_once(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
     cdef visit_t visit
-    if not has_reverse_map(vm):
+    if not drops_by_range(vm):
         drop_everything(vm)
         return
     visit_init(&visit, OP_DROP, start, end)
@@ -196,7 +206,7 @@ cdef bint unmap_chunk(vm_t *vm, uint64_t start, uint64_t end, bint chunked, chan
     cdef visit_t visit
     cdef uint64_t before
     cdef bint complete = True, widened = False
-    if has_reverse_map(vm):
+    if drops_by_range(vm):
         visit_init(&visit, OP_DROP, start, end)
         if chunked:
             visit.budget = DROP_CHUNK
@@ -230,7 +240,7 @@ cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial
     if drop_partial:
         start = widen_start(vm, start)
         end = widen_end(vm, end)
-    if not has_reverse_map(vm):
+    if not drops_by_range(vm):
         count_kernel_steps(vm)
         change.dropped += drop_everything(vm)
         chunked = False                     # a fault between chunks would have to be swept up again
@@ -413,7 +423,8 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
             return True
         span = level_span(vm.arena.granule_bits, level)
         block = cipa & ~(span - 1)
-        drop_sticking_out(vm, block, block + span, block, block + span / (<uint64_t>1 << vm.arena.slot_bits))
+        # a leaf over the first byte that sticks out of the first piece is as large as the whole
+        drop_sticking_out(vm, block, block + 1, block + span / (<uint64_t>1 << vm.arena.slot_bits))
         note_change(vm, block, block + span)
         if not split_host_block(vm, slot, level):
             drop_shadows_at_once(vm, block, block + span)
@@ -421,20 +432,17 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
             return False
 
 
-cdef void drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t inside_start,
-                            uint64_t inside_end) noexcept nogil:
-    """Drop shadow leaves over [start, end) that are larger than [inside_start, inside_end)."""
+cdef uint64_t drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t whole_end) noexcept nogil:
+    """Drop the shadow leaves over [start, end) that stick out of [start, whole_end); how many."""
     cdef visit_t visit
-    if not has_reverse_map(vm):
-        drop_everything(vm)
-        return
-    # A leaf that sticks out of the first piece and overlaps its start is as large as the whole.
-    visit_init(&visit, OP_NARROW, inside_start, inside_start + 1)
-    visit.whole_start = inside_start
-    visit.whole_end = inside_end
+    if not drops_by_range(vm):
+        return drop_everything(vm)
+    visit_init(&visit, OP_NARROW, start, end)
+    visit.whole_end = whole_end
     visit.keep_perm = PERM_ALL
     visit.drop_sticking_out = 1
     visit_canonical(vm, &visit)
+    return visit.dropped
 
 
 cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
@@ -488,17 +496,13 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t first = block if block > start else start
     cdef uint64_t last = block + span if block + span < end else end
-    cdef uint64_t desc = load64(vm.arena.words + slot), dropped, changed
+    cdef uint64_t desc = load64(vm.arena.words + slot), changed
     cdef uint8_t old = granted_perm(desc)
     cdef host_attrs_t attrs
     if old == perm:
         return block + span
     if last - first < span:
-        if has_reverse_map(vm):
-            narrow_shadows(vm, first, last, PERM_ALL, True, change)
-        else:
-            dropped = drop_everything(vm)
-            change.dropped += dropped
+        change.dropped += drop_sticking_out(vm, first, last, last)
         if not split_at(vm, first) or not split_at(vm, last):
             drop_shadows_at_once(vm, block, block + span)
             remove_host_leaves(vm, block, block + span)

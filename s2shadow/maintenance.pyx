@@ -14,6 +14,7 @@ from libc.string cimport memset
 from s2shadow.arch cimport DESC_VALID, LEVEL_STAGE2_OFF, level_shift, level_span
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport decode_vmid
+from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, is_empty, visit_context, visit_init, visit_t
 from s2shadow.owed cimport (
     CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
@@ -51,12 +52,15 @@ cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept no
 
 
 cdef void drop_whole(vm_t *vm, uint32_t index, tlbi_result_t *result) noexcept nogil:
+    cdef context_t *context = &vm.contexts[index]
     cdef visit_t visit
-    if is_empty(vm, &vm.contexts[index]):
+    if is_empty(vm, context):
         return
     owe_context(&vm.owed, index)
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
-    drop_chunked(vm, &vm.contexts[index], &visit)
+    intervals_lose(context.intervals)
+    if drop_chunked(vm, context, &visit):
+        intervals_reset(context.intervals)
     result.removed += visit.dropped
     result.required += visit.dropped
 

@@ -126,7 +126,7 @@ cdef class GuestMemory:
         fetch_add32(&self.users, <uint32_t>-1)
 
     cdef bint refresh(self, mem_view_t *view) noexcept nogil:
-        """Take over a newer map; False if there is none. Regions only come while a user is there, so hits stay right."""
+        """Take over a newer map; False if there is none. Regions only come while a user is there: hits stay right."""
         cdef uint64_t epoch = load64(&self.epoch)
         if view.map == NULL or view.epoch != epoch:
             view.map = <const region_map_t *>load_pointer(<void *const *>&self.map)

@@ -5,6 +5,7 @@ from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.dirty cimport dirty_t
+from s2shadow.intervals cimport intervals_t
 from s2shadow.memory cimport mem_view_t
 from s2shadow.owed cimport owed_t
 from s2shadow.rmap cimport rmap_t
@@ -52,6 +53,7 @@ cdef enum:
 
 ctypedef enum teardown_t:
     TEARDOWN_REVERSE_MAP
+    TEARDOWN_INTERVAL_MAP
     TEARDOWN_BLOW_AWAY
     TEARDOWN_BLOW_AWAY_LEAN
 
@@ -99,6 +101,7 @@ ctypedef struct context_t:
     s2_config_t config
     table_t shadow
     combine_rules_t rules
+    intervals_t *intervals      # NULL but under TEARDOWN_INTERVAL_MAP
     uint64_t vttbr              # as L1 wrote them when the context was acquired
     uint64_t vtcr
     uint64_t last_used
@@ -163,6 +166,7 @@ ctypedef struct vm_t:
     uint64_t narrowed
     uint64_t invalidations
     uint64_t kernel_steps
+    uint64_t unknown_unmaps     # contexts emptied because an interval map did not know better
     uint64_t recycled
     uint64_t evictions
     uint64_t canonical_leaves

@@ -4,6 +4,7 @@ import numpy as np
 
 import rig
 import s2shadow
+from model.intervals import IntervalVM
 from model.memory import Memory
 from model.vm import VM, HostLeaf, Linear
 from model.walk import Config, Features, walk
@@ -27,12 +28,14 @@ SLOTS = len(BASES)
 ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
 ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - 64 * K)
 VMALLS12, IPA, ALL = 0, 1, 5
+MODELS = {"interval-map": IntervalVM}
 
 
 class Pair:
     def __init__(
         self, granules=GRANULES[0], vcpus=1, populate=None, fwb=True, xnx=True, ha=True, contexts=3,
-        host_granule=4 * K, features=None, shapes=({}, {}), high=False, attributes="architectural", **engine,
+        host_granule=4 * K, features=None, shapes=({}, {}), high=False, attributes="architectural",
+        teardown="reverse-map", **engine,
     ):  # fmt: skip
         """`shapes`: more about each of L1's two tables, for rig.Tables; `high`: addresses of 52 bits in L1's memory."""
         self.page = host_granule
@@ -49,8 +52,8 @@ class Pair:
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
         options |= features or {}
         size = {"vcpus": vcpus, "contexts": contexts, "attributes": attributes}
-        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), **size, **engine)
-        self.model = VM(self.theirs, Features(**options), **size)
+        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), teardown=teardown, **size, **engine)
+        self.model = MODELS.get(teardown, VM)(self.theirs, Features(**options), **size)
         self.pa_bits = self.model.features.pa_bits
         self.host = HOST_OF_PA_BITS[self.pa_bits]
         self.normal = 0b0110 if fwb else 0b1111
@@ -274,6 +277,7 @@ class Pair:
         self.check_host()
         self.check_tables()
         self.check_owed()
+        self.check_intervals()
         self.check_reverse(range(self.data, self.data_end, 509 * self.page))
         self.vm.check()
 
@@ -295,6 +299,12 @@ class Pair:
             ]
         stats = self.vm.stats
         assert stats.installed - stats.removed == stats.live == sum(len(c.leaves) for c in self.model.contexts)
+
+    def check_intervals(self):
+        """What the contexts' interval maps know and have forgotten, where there are any."""
+        if self.vm.teardown == "interval-map":
+            for ctx in self.vm.contexts:
+                assert self.vm.intervals(ctx.index).tolist() == self.model.contexts[ctx.index].ranges.rows()
 
     def check_host(self):
         rows = self.vm.host.leaves()[["cipa", "pa", "size", "perm", "memattr"]].tolist()

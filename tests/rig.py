@@ -15,6 +15,7 @@ HOST = 0x10_0000_0000  # what the tests add to a cIPA to get a PA
 
 SL0 = {4096: {3: 3, 2: 0, 1: 1, 0: 2, -1: 0}, 16384: {3: 0, 2: 1, 1: 2, 0: 3}, 65536: {3: 0, 2: 1, 1: 2}}
 TG0 = {4096: 0, 65536: 1, 16384: 2}
+TLBI_TG = {4096: 1, 16384: 2, 65536: 3}
 START = {4096: 1, 16384: 2, 65536: 2}
 XN = {4 | 32: 0, 32: 1, 0: 2, 4: 3}
 PERMS = {"r": 1, "w": 2, "x": 4 | 32, "p": 4, "u": 32}
@@ -23,6 +24,16 @@ AF, DIRTY, DBM, CONTIGUOUS = 1 << 10, 1 << 7, 1 << 51, 1 << 52
 S2PIR = 0xFEDC_BA98_7654_3210  # each index names the base permission of the same number
 MRO = "mro"  # with permission indirection: only the MMU may write
 BASE_PERMISSION = {0: 0, 2: 4, 1: 8, 1 | 32: 9, 1 | 4: 10, 1 | 36: 11, 3: 12, 3 | 32: 13, 3 | 4: 14, 3 | 36: 15}
+
+
+def single(address, granule=None, level=0):
+    """Operand of TLBI IPAS2*, with a level hint where there is a granule."""
+    return address >> 12 | (TLBI_TG[granule] << 46 | level << 44 if granule else 0)
+
+
+def span(base, granule, scale=0, num=0, ttl=0):
+    """Operand of TLBI RIPAS2*: (num + 1) << (5 * scale + 1) pages from ``base`` on."""
+    return TLBI_TG[granule] << 46 | scale << 44 | num << 39 | ttl << 37 | base >> granule.bit_length() - 1
 
 
 def bits_of(perm):

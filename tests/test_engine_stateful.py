@@ -32,9 +32,10 @@ class Lockstep(RuleBasedStateMachine):
         fwb=st.booleans(),
         xnx=st.booleans(),
         ha=st.booleans(),
+        teardown=st.sampled_from(["reverse-map", "reverse-map", "interval-map"]),
     )
-    def start(self, granules, vcpus, populate, fwb, xnx, ha):
-        self.pair = lockstep.Pair(granules, vcpus, populate, fwb, xnx, ha)
+    def start(self, granules, vcpus, populate, fwb, xnx, ha, teardown):
+        self.pair = lockstep.Pair(granules, vcpus, populate, fwb, xnx, ha, teardown=teardown)
 
     vcpu = st.integers(0, 1)
 
@@ -124,4 +125,4 @@ class Lockstep(RuleBasedStateMachine):
 
 
 TestLockstep = Lockstep.TestCase
-TestLockstep.settings = settings(max_examples=1000 if LONG else 100, stateful_step_count=50, deadline=None)
+TestLockstep.settings = settings(max_examples=1200 if LONG else 120, stateful_step_count=50, deadline=None)

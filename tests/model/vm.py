@@ -121,12 +121,14 @@ class Linear:
 
 
 class VM:
+    context_type = Context
+
     def __init__(self, mem, features, vcpus=1, contexts=None, attributes="architectural"):
         self.mem, self.features, self.attributes = mem, features, attributes
         self.page = features.host_granule
         self.sizes = leaf_sizes(features)
         self.vcpus = [Vcpu() for _ in range(vcpus)]
-        self.contexts = [Context() for _ in range(contexts or 2 * vcpus)]
+        self.contexts = [self.context_type() for _ in range(contexts or 2 * vcpus)]
         self.host = {}  # cipa: HostLeaf
         self.logged = []  # disjoint (start, end)
         self.dirty = set()  # pages by address
@@ -164,7 +166,7 @@ class VM:
                 return index
         free = [(ctx.used, index) for index, ctx in enumerate(self.contexts) if not ctx.refs]
         index = min(free)[1]  # never used: 0
-        self.contexts[index] = Context(key, cfg.vmid, cfg.enabled, cfg.granule)
+        self.contexts[index] = self.context_type(key, cfg.vmid, cfg.enabled, cfg.granule)
         return index
 
     # faults
@@ -264,8 +266,11 @@ class VM:
     def put_shadow(self, ctx, ipa, new):
         """Whatever is in the way goes: a leaf never mixes two descriptors of L1's."""
         for base in [b for b, leaf in ctx.leaves.items() if overlaps(b, leaf.size, ipa, ipa + new.size)]:
-            del ctx.leaves[base]
+            self.remove(ctx, base)
         ctx.leaves[ipa] = new
+
+    def remove(self, ctx, ipa):
+        del ctx.leaves[ipa]
 
     def translate(self, n, ipa, access):
         """(ipa of the leaf, leaf) if the shadow alone can answer, else (None, None)."""
@@ -432,7 +437,7 @@ class VM:
         for ctx in self.contexts:
             gone = [ipa for ipa, leaf in ctx.leaves.items() if condition(leaf)]
             for ipa in gone:
-                del ctx.leaves[ipa]
+                self.remove(ctx, ipa)
             dropped += len(gone)
         return dropped
 
@@ -467,15 +472,17 @@ class VM:
         return self.tlbi(vttbr, vtcr, named)
 
     def tlbi(self, vttbr, vtcr, condition):
-        vmid = Config(vttbr, vtcr, self.features).vmid
         removed = 0
-        for ctx in self.contexts:
-            if ctx.key is not None and ctx.vmid == vmid:
-                gone = [ipa for ipa, leaf in ctx.leaves.items() if condition(ctx, ipa, leaf)]
-                for ipa in gone:
-                    del ctx.leaves[ipa]
-                removed += len(gone)
+        for ctx in self.of_vmid(vttbr, vtcr):
+            gone = [ipa for ipa, leaf in ctx.leaves.items() if condition(ctx, ipa, leaf)]
+            for ipa in gone:
+                self.remove(ctx, ipa)
+            removed += len(gone)
         return removed
+
+    def of_vmid(self, vttbr, vtcr):
+        vmid = Config(vttbr, vtcr, self.features).vmid
+        return [ctx for ctx in self.contexts if ctx.key is not None and ctx.vmid == vmid]
 
     # questions
 
