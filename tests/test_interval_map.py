@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import s2shadow
 from model.intervals import Ranges
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, K, M, Rig, flags
-from s2shadow import HIT, HOST_FAULT, MAPPED, NO_MEMORY, READ, WRITE
+from s2shadow import HIT, HOST_FAULT, MAPPED, READ, WRITE
 
 STEPS = 1 << 18  # 2^48 of input space in blocks of 1 GiB
 NODES = 104  # bytes of a known range: one node in either direction
@@ -348,7 +348,7 @@ def test_bound_covers_the_maps():
 
 
 def test_ranges_without_leaves_are_given_back():
-    """UNKNOWN ranges that outlived their leaves fill the bound in two contexts; others get the room when they need it."""
+    """UNKNOWN ranges that outlived their leaves fill the bound in two contexts; others get the room they need."""
     r = tight(900 * K)
     for vmid in (1, 2):
         r.load(vmid)
