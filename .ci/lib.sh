@@ -25,11 +25,12 @@ new_venv() {
     "$1/bin/pip" install --quiet --upgrade pip
 }
 
-# What every leg needs: git, a C compiler, Python with venv and headers. Installed by apt where we may.
+# What every leg needs: git, a C and C++ compiler, Python with venv and headers. Installed by apt where we may.
 need_tools() {
     local missing=()
     command -v git >/dev/null || missing+=(git)
     printf 'int main(void){return 0;}' | cc -x c -o /dev/null - 2>/dev/null || missing+=(gcc libc6-dev)
+    printf '#include <map>\nint main(){return 0;}' | c++ -x c++ -o /dev/null - 2>/dev/null || missing+=(g++)
     if ! python3 - 2>/dev/null <<'PY'
 import ensurepip, os, sysconfig, venv
 raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
@@ -56,8 +57,9 @@ build_sanitized() {
 sanitized_pytest() {
     local venv=$1
     shift
-    # Python itself leaks by design; pymalloc would hide overruns from ASan; a refused malloc must return NULL.
-    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" \
+    # Python itself leaks by design; pymalloc would hide overruns from ASan; a refused malloc must return NULL. ASan looks
+    # for what throws C++ exceptions when it starts, long before a module brings libstdc++ along.
+    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
         ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:halt_on_error=1 \
         UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
         "$venv/bin/python" -m pytest --capture=sys "$@"

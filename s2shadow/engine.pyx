@@ -42,8 +42,8 @@ from s2shadow.table cimport (
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
-    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
-    overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active,
+    lock_exclusive, lock_shared, overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -1219,8 +1219,10 @@ cdef class NestedVM:
         return self.engine.reverse(as_u64(cipa, "cipa"))
 
     def intervals(self, index):
-        """A context's interval map, sorted: ``INTERVAL_DTYPE`` array of the canonical range [start, end) and the ``ipa``
-        that maps its start; 0, and ``unknown`` 1, where that is not known any more. ``ValueError`` under other policies.
+        """A context's interval map, sorted: ``INTERVAL_DTYPE`` array.
+
+        Each row is a canonical range [start, end) and the ``ipa`` that maps it; 0, and ``unknown`` 1, where that is not
+        known any more. ``ValueError`` under other policies.
         """
         return self.engine.intervals(index)
 

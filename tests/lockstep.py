@@ -41,7 +41,8 @@ class Pair:
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
         options |= features or {}
         size = {"vcpus": vcpus, "contexts": contexts}
-        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), teardown=teardown, **size, **engine)
+        engine |= {"features": s2shadow.Features(**options), "teardown": teardown}
+        self.vm = s2shadow.NestedVM(self.ours, **size, **engine)
         self.model = MODELS.get(teardown, VM)(self.theirs, Features(**options), **size)
         self.vcpus = vcpus
         self.tables = [
