@@ -39,6 +39,7 @@ cdef enum:
 
 cdef extern from *:
     """
+    #include <stdint.h>
     #define S2_DESC_VALID    (UINT64_C(1) << 0)
     #define S2_DESC_TABLE    (UINT64_C(1) << 1)
     #define S2_DESC_S2AP_R   (UINT64_C(1) << 6)
@@ -51,6 +52,11 @@ cdef extern from *:
     #define S2_DESC_TAG      (UINT64_C(7) << 55)
     #define S2_DESC_HOST_W   (UINT64_C(1) << 58)
     #define S2_OA_48         UINT64_C(0x0000fffffffff000)
+    /* by XN << 2 | S2AP: 00 execute at both levels, 01 at EL0, 10 at none, 11 at EL1 */
+    static const uint8_t s2_perm_of_xn_s2ap[16] = { 36, 37, 38, 39, 32, 33, 34, 35, 0, 1, 2, 3, 4, 5, 6, 7 };
+    /* by access: READ and WRITE as they are, EXEC as that of the exception level */
+    static const uint8_t s2_need_of_access[32] = { 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 32, 33, 34, 35,
+                                                   0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 32, 33, 34, 35 };
     """
     const uint64_t DESC_VALID "S2_DESC_VALID"
     const uint64_t DESC_TABLE "S2_DESC_TABLE"       # table below level 3, page at level 3
@@ -67,6 +73,8 @@ cdef extern from *:
     # Software bit of shadow leaves: L1 maps the page as Device, so HCR_EL2.PTW refuses stage-1 walks there.
     const uint64_t DESC_GUEST_DEVICE "S2_DESC_HOST_W"
     const uint64_t OA_48 "S2_OA_48"
+    const uint8_t *PERM_OF_XN_S2AP "s2_perm_of_xn_s2ap"
+    const uint8_t *NEED_OF_ACCESS "s2_need_of_access"
 
 
 cdef inline int level_shift(int granule_bits, int level) noexcept nogil:
@@ -150,15 +158,8 @@ cdef inline uint8_t fault_code(int base, int level) noexcept nogil:
 
 cdef inline uint8_t s2ap_xn_to_perm(uint64_t desc, bint xnx) noexcept nogil:
     """READ/WRITE/EXEC/EXEC_EL0 of a leaf; XN[0] is RES0 without FEAT_XNX."""
-    cdef uint8_t perm = <uint8_t>((desc >> DESC_S2AP_SHIFT) & 3)
-    cdef unsigned int xn = <unsigned int>((desc >> DESC_XN_SHIFT) & 3)
-    if not xnx:
-        xn &= 2
-    if xn == 0 or xn == 3:
-        perm |= ACCESS_EXEC
-    if xn == 0 or xn == 1:
-        perm |= PERM_EXEC_EL0
-    return perm
+    cdef uint64_t index = desc >> DESC_S2AP_SHIFT & 3 | desc >> (DESC_XN_SHIFT - 2) & 0xC
+    return PERM_OF_XN_S2AP[index if xnx else index & 0xB]
 
 
 cdef inline uint64_t perm_to_s2ap_xn(uint8_t perm, bint xnx) noexcept nogil:
@@ -209,10 +210,7 @@ cdef inline unsigned int base_perm_code(uint64_t s2pir, uint64_t desc) noexcept 
 
 cdef inline uint8_t required_perm(uint8_t access) noexcept nogil:
     """The leaf permissions that an access needs, all at once."""
-    cdef uint8_t need = access & (ACCESS_READ | ACCESS_WRITE)
-    if access & ACCESS_EXEC:
-        need |= PERM_EXEC_EL0 if access & ACCESS_EL0 else ACCESS_EXEC
-    return need
+    return NEED_OF_ACCESS[access & 31]
 
 
 cdef inline bint memattr_is_device(uint8_t memattr, bint fwb) noexcept nogil:

@@ -13,6 +13,7 @@ ctypedef struct host_leaf_t:
     uint8_t perm
     uint8_t memattr
     uint8_t sh
+    int8_t level                # of the host's tables
 
 # What stays the same for all leaves of a context.
 ctypedef struct combine_rules_t:

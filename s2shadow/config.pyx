@@ -1,6 +1,6 @@
 """Stage-2 configuration as L1 programs it (spec 01, sections 1, 2 and 4)."""
 
-from s2shadow.arch cimport FSC_ADDRESS_SIZE, FSC_TRANSLATION, level_shift, oa_format_init
+from s2shadow.arch cimport FSC_ADDRESS_SIZE, FSC_TRANSLATION, largest_leaf_level, level_shift, oa_format_init
 from s2shadow.arguments cimport as_u64
 from s2shadow.constants import HCR_VM, size_text
 from s2shadow.features import Features
@@ -137,7 +137,13 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     if config.oa_bits > oa_cap:
         config.oa_bits = <uint8_t>oa_cap
 
+    config.block_level = <int8_t>largest_leaf_level(config.granule_bits, config.ds or lpa)
+    config.output_mask = (<uint64_t>1 << config.oa_bits) - 1
     oa_format_init(&config.oa, config.granule_bits, config.ds or lpa)
+    config.plain_mask = 3 | config.oa.high_mask | config.oa.mask & ~config.output_mask
+    config.index_mask = (<uint64_t>1 << (config.granule_bits - 3)) - 1
+    config.sh_mask = 0 if config.oa.implies_sh else 0x300
+    config.sh_implied = <uint64_t>config.sh0 << 8 if config.oa.implies_sh else 0
 
     # T0SZ, SL0, TG0, PS and what the features give a meaning: HA, HD, DS, SL2, S2PIE, and SH0 where it is the leaf's.
     config.walk_vtcr = vtcr & 0x7C0FF
@@ -149,6 +155,9 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
             config.walk_vtcr |= vtcr & (<uint64_t>1 << 33)
 
     config.has_error = 0
+    config.walkable = 0
+    config.plain = 0
+    config.start_shift = 0
     config.error_fsc = 0
     config.concatenated_bits = 0
     config.base = 0
@@ -173,9 +182,12 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     else:
         config.base = vttbr & 0xFFFFFFFFFFFEu
     config.base &= ~((<uint64_t>1 << (config.ia_bits - shift + 3)) - 1)
+    config.start_shift = <uint8_t>shift
     if config.base >> config.oa_bits:
         config.has_error = 1
         config.error_fsc = FSC_ADDRESS_SIZE
+    config.walkable = config.enabled and not config.has_error
+    config.plain = config.walkable and not (config.s2pie or config.bbm or config.big_endian)
 
 
 cdef str fault_text(uint8_t fsc):

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 FINAL_LEVEL = 3
 VALID, TABLE, AF, CONTIGUOUS = 1 << 0, 1 << 1, 1 << 10, 1 << 52
-# What the entries of a contiguous group may differ in: hardware sets AF and bit 7 one by one, software owns 58:55.
-GROUP_MAY_DIFFER = AF | 1 << 7 | 0xF << 55
+DIRTY, DBM = 1 << 7, 1 << 51
+SOFTWARE = 0xF << 55
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +115,12 @@ def group_notes(mem: GuestMemory, cfg: Stage2Config, table: int, index: int, des
     first = index // entries * entries
     origin = output_address(cfg, desc) // span * span - (index - first) * span
     kind = kind_of(cfg, desc, level)
+    may_differ = AF | SOFTWARE | (DIRTY if desc & DBM or cfg.s2pie else 0)      # hardware sets AF and bit 7 one by one
     wrong = []
     for entry in range(first, first + entries):
         other = read_descriptor(mem, cfg, table + entry * 8)
         if (other is None or kind_of(cfg, other, level) != kind or not other & CONTIGUOUS
-                or (attributes(cfg, other) ^ attributes(cfg, desc)) & ~GROUP_MAY_DIFFER
+                or (attributes(cfg, other) ^ attributes(cfg, desc)) & ~may_differ
                 or output_address(cfg, other) // span * span != origin + (entry - first) * span):
             wrong.append(entry)
     notes = []

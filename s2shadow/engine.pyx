@@ -6,7 +6,9 @@ from collections import namedtuple
 
 import numpy as np
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -36,14 +38,15 @@ from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_begin, owed_destroy, owed_end, owed_init, owed_take
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
 from s2shadow.table cimport (
-    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, is_table, next_leaf, page_of, page_t,
+    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, forget_path, is_table, next_leaf, page_of, page_t,
     reserve_root, slot_ipa, table_find, table_init, table_t,
 )
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
-    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active,
-    lock_exclusive, lock_shared, overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, forget_guest_path,
+    forget_ways, is_active, lock_exclusive, lock_shared, overlaps_active, range_t, read_tag, rwlock_destroy,
+    rwlock_init, unlock, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -214,6 +217,7 @@ class Stats:
         return (self.link_bytes + self.rmap_bytes) / self.live if self.live else 0.0
 
 
+@cython.no_gc_clear  # dealloc needs mem to unpin it, in a cycle too (an embedder that has the engine and populates it)
 cdef class _Engine:
     """Owner of one ``vm_t``; what ``NestedVM``, its vCPUs and its host table share."""
 
@@ -241,6 +245,7 @@ cdef class _Engine:
         if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, &oa, table_base,
                           <uint64_t>1 << self.vm.features.pa_bits, max_bytes):
             raise MemoryError("cannot reserve address space for the table arena")
+        self.vm.arena.alone = vcpus == 1
         self.vm.arena.keeps_links = self.vm.teardown == TEARDOWN_REVERSE_MAP
         self.vm.contexts = <context_t *>calloc(contexts, sizeof(context_t))
         self.vm.vcpus = <vcpu_t *>calloc(vcpus, sizeof(vcpu_t))
@@ -261,6 +266,7 @@ cdef class _Engine:
                     raise MemoryError("cannot set up the interval maps")
         for i in range(vcpus):
             self.vm.vcpus[i].context = NO_CONTEXT
+            forget_path(&self.vm.vcpus[i].canonical_path)
         self.vm.dirty.input_bits = self.vm.features.pa_bits
         self.vm.dirty.page_bits = self.vm.features.host_granule_bits
         mem.pin(&self.view)
@@ -906,7 +912,8 @@ cdef class VCPU:
         if self.c.context == NO_CONTEXT:
             self.leave()
             raise RuntimeError(f"vCPU {self.index} has no context: load() it first")
-        self.engine.mem.refresh(&self.c.view)
+        if self.engine.mem.refresh(&self.c.view):
+            forget_guest_path(self.c)
         return 0
 
     cdef void leave(self) noexcept:
@@ -929,6 +936,7 @@ cdef class VCPU:
                     self.c.context = NO_CONTEXT
                 self.c.context = context_acquire(&self.engine.vm, &config, vttbr_, vtcr_)
                 self.c.config = config
+                forget_ways(self.c)
                 self.c.vttbr = vttbr_
                 self.c.vtcr = vtcr_
                 self.c.hcr = hcr_
@@ -1258,6 +1266,10 @@ cdef class NestedVM:
 
     def _poke(self, index, ipa, flip):
         self.engine._poke(index, ipa, flip)
+
+    def _state(self):
+        """The engine's ``vm_t``, as a capsule valid as long as this object: for ``s2shadow._floor``, which measures."""
+        return PyCapsule_New(&self.engine.vm, "s2shadow.vm_t", NULL)
 
     def _poke_interval(self, index, ipa, cipa=0, size=0):
         self.engine._poke_interval(index, ipa, cipa, size)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import stat
 import sys
 import tempfile
@@ -128,10 +129,10 @@ def can_encode(text: str, stream: TextIO) -> bool:
     return True
 
 
-def columns(rows: Sequence[Sequence[str]], gap: int = 3) -> list[str]:
-    """Rows as aligned text: the first column to the left, all others to the right."""
+def columns(rows: Sequence[Sequence[str]], gap: int = 3, left: Sequence[int] = (0,)) -> list[str]:
+    """Rows as aligned text: the columns ``left`` to the left, all others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [(" " * gap).join(cell.ljust(width) if i == 0 else cell.rjust(width)
+    return [(" " * gap).join(cell.ljust(width) if i in left else cell.rjust(width)
                              for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
             for row in rows]
 
@@ -325,14 +326,37 @@ def write_whole(file: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
-def mode_for(target: str) -> int:
+def write_folder(folder: str, files: dict[str, str]) -> None:
+    """Make ``folder`` with these files (names may have folders of their own) in one step, or leave nothing behind.
+
+    ``FileExistsError`` if there is something in it already.
+    """
+    target = os.path.realpath(folder)
+    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+        raise FileExistsError(17, "it exists and is not an empty folder")
+    if not os.path.isdir(os.path.dirname(target)):
+        raise FileNotFoundError(2, f"no folder {os.path.dirname(folder) or os.path.dirname(target)}")
+    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}.")
+    try:
+        for name, text in files.items():
+            file = Path(temporary, name)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="ascii")
+        os.chmod(temporary, mode_for(target, 0o777))
+        os.rename(temporary, target)        # over an empty folder too
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+
+
+def mode_for(target: str, ordinary: int = 0o666) -> int:
     """The permissions that an ordinary write would have left (a temporary file starts private)."""
     try:
         return stat.S_IMODE(os.stat(target).st_mode)
     except FileNotFoundError:
         umask = os.umask(0)
         os.umask(umask)
-        return 0o666 & ~umask
+        return ordinary & ~umask
 
 
 def check_writable(file: str) -> None:

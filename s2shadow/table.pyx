@@ -5,7 +5,7 @@ from libc.string cimport memset
 from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
-from s2shadow.atomics cimport cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
+from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
 from s2shadow.vmem cimport release, reserve
 
 cdef extern from "sched.h" nogil:
@@ -115,6 +115,7 @@ cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
         arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
     memset(&arena.pages[page], 0, sizeof(page_t))
     pthread_mutex_lock(&arena.lock)
+    store64(&arena.freed, arena.freed + 1)
     arena.pages[page].next_free = arena.free_page
     arena.free_page = page
     arena.free_pages += 1
@@ -163,13 +164,6 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
         page.context = context
         page.level = table.start_level
         page.ipa = <uint64_t>i << (shift + arena.slot_bits)
-
-
-cdef void entry_added(arena_t *arena, uint32_t page) noexcept nogil:
-    """Count one more valid entry. A root shows in the bytes from its first one; the bound was charged for all
-    roots when the arena was made."""
-    if fetch_add16(&arena.pages[page].live, 1) == 0 and arena.pages[page].is_root:
-        fetch_add64(&arena.table_bytes, page_cost(arena))
 
 
 cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int level, uint64_t ipa,
@@ -222,11 +216,8 @@ cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, i
     return slot
 
 
-cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
-    """Account for the links beside a page before its first leaf; False over the bound."""
-    cdef page_t *meta = &arena.pages[page_of(arena, slot)]
-    if meta.has_links or not arena.keeps_links:
-        return True
+cdef bint charge_links(arena_t *arena, page_t *meta) noexcept nogil:
+    """Account for the links beside a page; False over the bound."""
     if not arena_charge(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits):
         return False
     if fetch_or8(&meta.has_links, 1):
@@ -234,17 +225,21 @@ cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
     return True
 
 
-cdef void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
-    """Count the leaf that is being put into ``slot``. ``tag``: guest level + 2."""
-    cdef uint32_t page = page_of(arena, slot)
-    cdef page_t *meta = &arena.pages[page]
-    entry_added(arena, page)
-    while fetch_add16(&meta.holds[tag], 1) == 0 and meta.parent:
+cdef void first_of_level(arena_t *arena, page_t *meta, int tag) noexcept nogil:
+    """A page holds its first leaf of a guest level: its parents count it, as far as that is news to them."""
+    while meta.parent:
         meta = &arena.pages[page_of(arena, meta.parent)]
+        if fetch_add16(&meta.holds[tag], 1):
+            return
+
+
+cdef void root_in_use(arena_t *arena) noexcept nogil:
+    """A root shows in the bytes from its first entry; the bound was charged for all roots when the arena was made."""
+    fetch_add64(&arena.table_bytes, page_cost(arena))
 
 
 cdef void holds_less(arena_t *arena, page_t *meta, int tag) noexcept nogil:
-    while fetch_add16(&meta.holds[tag], <uint16_t>-1) == 1 and meta.parent:
+    while bump16(&meta.holds[tag], <uint16_t>-1) == 1 and meta.parent:
         meta = &arena.pages[page_of(arena, meta.parent)]
 
 
@@ -253,7 +248,7 @@ cdef bint entry_removed(arena_t *arena, uint32_t page) noexcept nogil:
     cdef page_t *meta = &arena.pages[page]
     cdef uint32_t parent
     cdef bint freed = False
-    while fetch_add16(&meta.live, <uint16_t>-1) == 1:
+    while bump16(&meta.live, <uint16_t>-1) == 1:
         if meta.is_root:
             fetch_add64(&arena.table_bytes, -page_cost(arena))
             if meta.has_links:
@@ -279,7 +274,7 @@ cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
 
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil:
     """Keep a page that is not empty while its leaves are being removed."""
-    fetch_add16(&arena.pages[page].live, 1)
+    bump16(&arena.pages[page].live, 1)
 
 
 cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil:

@@ -37,6 +37,14 @@ ctypedef struct walk_state_t:
     uint8_t access
     uint8_t update
 
+# The way of the last walk down L1's tables, for the next one that shares a part of it.
+ctypedef struct walk_path_t:
+    uint64_t ipa
+    uint64_t entries[5]         # address of the entry that was read at each level, by level + 1
+    int8_t level                # the deepest table that is known; the start level: none
+
+cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_path_t *path, uint64_t ipa,
+                           uint8_t access, walk_t *out) noexcept nogil
 cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
                       bint update, walk_t *out) noexcept nogil
 

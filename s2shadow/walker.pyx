@@ -12,10 +12,11 @@ from s2shadow.arch cimport (
     ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_CONTIGUOUS, DESC_DBM, DESC_MEMATTR_SHIFT, DESC_NT, DESC_S2AP_W,
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, FSC_ACCESS_FLAG, FSC_ADDRESS_SIZE, FSC_PERMISSION, FSC_TRANSLATION,
     FSC_WALK_ABORT, LEVEL_STAGE2_OFF, PERM_ALL, base_perm, base_perm_code, byteswap64, contiguous_bits, decode_oa,
-    decode_sh, fault_code, largest_leaf_level, level_shift, memattr_is_device, mostly_read_only, required_perm,
+    decode_sh, fault_code, level_shift, memattr_is_device, mostly_read_only, required_perm,
     s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
+from s2shadow.atomics cimport load64
 from s2shadow.config cimport Stage2Config, fault_text
 from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
 from s2shadow.constants import Access, perm_text, size_text
@@ -50,11 +51,6 @@ cdef inline void fail(walk_t *out, int base, int level) noexcept nogil:
     out.fsc = fault_code(base, level)
 
 
-cdef inline bint output_too_large(const s2_config_t *config, uint64_t desc, int shift) noexcept nogil:
-    """Whether a leaf's address is out of range; the bits below its span are not the descriptor's to give."""
-    return decode_oa(&config.oa, desc) >> shift << shift >> config.oa_bits != 0
-
-
 cdef inline bint is_leaf_or_fault(const s2_config_t *config, uint64_t desc, int level, bint *leaf) noexcept nogil:
     """Decode the descriptor type: False for a Translation fault, else ``leaf`` says leaf or table."""
     if not desc & DESC_VALID:
@@ -63,27 +59,30 @@ cdef inline bint is_leaf_or_fault(const s2_config_t *config, uint64_t desc, int 
         leaf[0] = True
         return (desc & DESC_TABLE) != 0
     leaf[0] = not desc & DESC_TABLE
-    return not leaf[0] or level >= largest_leaf_level(config.granule_bits, config.oa.wide)
+    return not leaf[0] or level >= config.block_level
 
 
-cdef inline int group_shift(const s2_config_t *config, uint64_t desc, int level, int shift) noexcept nogil:
-    """log2 of what the leaf's contiguous group spans; its own span without one.
+cdef inline int group_shift(const s2_config_t *config, int level, int shift) noexcept nogil:
+    """log2 of what a contiguous group of leaves spans.
 
     A group that would exceed the input size is IMPLEMENTATION DEFINED: the bit is ignored.
     """
-    cdef int bits = shift
-    if desc & DESC_CONTIGUOUS:
-        bits += contiguous_bits(config.granule_bits, level)
-        if bits > config.ia_bits:
-            bits = shift
-    return bits
+    cdef int bits = shift + contiguous_bits(config.granule_bits, level)
+    return shift if bits > config.ia_bits else bits
 
 
-cdef inline uint64_t leaf_output(const s2_config_t *config, uint64_t desc, uint64_t ipa, int level,
+cdef inline uint64_t block_address(const s2_config_t *config, uint64_t desc, int shift) noexcept nogil:
+    """Output address of a leaf; the bits below its span are not the descriptor's to give."""
+    return decode_oa(&config.oa, desc) >> shift << shift
+
+
+cdef inline uint64_t leaf_output(const s2_config_t *config, uint64_t desc, uint64_t block, uint64_t ipa, int level,
                                  int shift) noexcept nogil:
     """Output address; the bits of a contiguous group's size come from the IPA (StageOA)."""
-    cdef uint64_t offset_mask = ((<uint64_t>1) << group_shift(config, desc, level, shift)) - 1
-    return (decode_oa(&config.oa, desc) & ~offset_mask) | (ipa & offset_mask)
+    cdef uint64_t offset_mask = ((<uint64_t>1) << shift) - 1
+    if desc & DESC_CONTIGUOUS:
+        offset_mask = ((<uint64_t>1) << group_shift(config, level, shift)) - 1
+    return (block & ~offset_mask) | (ipa & offset_mask)
 
 
 cdef inline uint8_t leaf_perm(const s2_config_t *config, uint64_t desc) noexcept nogil:
@@ -125,40 +124,53 @@ cdef void walk_identity(const s2_config_t *config, uint64_t ipa, walk_t *out) no
     out.size = <uint64_t>1 << config.pa_bits
 
 
+cdef void walk_refused(const s2_config_t *config, uint64_t ipa, walk_t *out) noexcept nogil:
+    """What needs no descriptor: stage 2 off, an illegal configuration, an address beyond the input size."""
+    if not config.enabled:
+        walk_identity(config, ipa, out)
+    elif config.ia_bits < 64 and ipa >> config.ia_bits:
+        fail(out, FSC_TRANSLATION, 0)       # checked before the base address
+    else:
+        out.status = 1
+        out.fsc = config.error_fsc
+
+
 cdef inline request_t walk_begin(const s2_config_t *config, uint64_t ipa, uint8_t access, bint update,
                                  walk_state_t *state, walk_t *out) noexcept nogil:
     """Start a walk: what it wants first."""
     memset(out, 0, sizeof(walk_t))
-    if not config.enabled:
-        walk_identity(config, ipa, out)
-        return WALK_DONE
-    if config.has_error:
-        out.status = 1
-        out.fsc = config.error_fsc
-        if config.ia_bits < 64 and ipa >> config.ia_bits:
-            out.fsc = FSC_TRANSLATION       # checked before the base address
-        return WALK_DONE
-    if ipa >> config.ia_bits:
-        fail(out, FSC_TRANSLATION, 0)
+    if not config.walkable or ipa >> config.ia_bits:
+        walk_refused(config, ipa, out)
         return WALK_DONE
     state.ipa = ipa
     state.access = access
     state.update = update
     state.level = config.start_level
-    state.shift = level_shift(config.granule_bits, config.start_level)
+    state.shift = config.start_shift
     state.address = config.base + (ipa >> state.shift << 3)     # the start table may be wider than one granule
     return WALK_READ
+
+
+cdef inline bint enter_table(const s2_config_t *config, uint64_t desc, walk_state_t *state) noexcept nogil:
+    """Go down one level by a table descriptor; False where its address is out of range."""
+    cdef uint64_t table = decode_oa(&config.oa, desc)
+    if table & ~config.output_mask:
+        return False
+    state.level += 1
+    state.shift -= config.granule_bits - 3
+    state.address = table + ((state.ipa >> state.shift & (((<uint64_t>1) << (config.granule_bits - 3)) - 1)) << 3)
+    return True
 
 
 cdef inline request_t take_leaf(const s2_config_t *config, walk_state_t *state, uint64_t desc,
                                 walk_t *out) noexcept nogil:
     """Steps 9 to 15 of the order of checks (spec 01, section 5)."""
     cdef uint8_t need = required_perm(state.access)
-    cdef uint64_t desired = desc | DESC_AF
+    cdef uint64_t desired = desc | DESC_AF, block = block_address(config, desc, state.shift)
     if config.bbm and state.level < FINAL_LEVEL and desc & DESC_NT:
         fail(out, FSC_TRANSLATION, state.level)         # nT must not be cached, and a shadow is a cache
         return WALK_DONE
-    if output_too_large(config, desc, state.shift):
+    if block & ~config.output_mask:
         fail(out, FSC_ADDRESS_SIZE, state.level)
         return WALK_DONE
     if not desc & DESC_AF and not config.ha:
@@ -167,7 +179,7 @@ cdef inline request_t take_leaf(const s2_config_t *config, walk_state_t *state, 
     describe_leaf(config, desc, out)
     out.level = <int8_t>state.level
     out.size = (<uint64_t>1) << state.shift
-    out.pa = leaf_output(config, desc, state.ipa, state.level, state.shift)
+    out.pa = leaf_output(config, desc, block, state.ipa, state.level, state.shift)
     if state.access & ACCESS_WRITE and may_become_writable(config, desc, state.access):
         desired |= DESC_S2AP_W
         need &= ~ACCESS_WRITE
@@ -187,7 +199,6 @@ cdef inline request_t take_leaf(const s2_config_t *config, walk_state_t *state, 
 cdef inline request_t walk_take(const s2_config_t *config, walk_state_t *state, uint64_t desc,
                                 walk_t *out) noexcept nogil:
     """``desc``, in host byte order, is what stands at ``state.address``: what the walk wants next."""
-    cdef uint64_t table
     cdef bint leaf = False
     out.desc = desc
     out.desc_addr = state.address
@@ -196,14 +207,10 @@ cdef inline request_t walk_take(const s2_config_t *config, walk_state_t *state, 
         return WALK_DONE
     if leaf:
         return take_leaf(config, state, desc, out)
-    table = decode_oa(&config.oa, desc)
-    if table >> config.oa_bits:
-        fail(out, FSC_ADDRESS_SIZE, state.level)
-        return WALK_DONE
-    state.level += 1
-    state.shift -= config.granule_bits - 3
-    state.address = table + ((state.ipa >> state.shift & (((<uint64_t>1) << (config.granule_bits - 3)) - 1)) << 3)
-    return WALK_READ
+    if enter_table(config, desc, state):
+        return WALK_READ
+    fail(out, FSC_ADDRESS_SIZE, state.level)
+    return WALK_DONE
 
 
 cdef inline request_t walk_swapped(const s2_config_t *config, walk_state_t *state, uint64_t seen,
@@ -243,13 +250,93 @@ cdef inline request_t answer_from(mem_view_t *view, const s2_config_t *config, w
     return walk_swapped(config, state, desc, out)
 
 
-cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
-                      bint update, walk_t *out) noexcept nogil:
-    """Translate ``ipa``; see ``walk`` for what ``out`` says. ``view`` is the caller's own."""
+cdef void walk_by_steps(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access, bint update,
+                        walk_t *out) noexcept nogil:
+    """The whole walk by the state machine."""
     cdef walk_state_t state
     cdef request_t request = walk_begin(config, ipa, access, update, &state, out)
     while request != WALK_DONE:
         request = answer_from(view, config, &state, request, out)
+
+
+cdef extern from *:
+    """
+    /* the first eight bytes of a walk_t in one store; ``sh`` stands where a descriptor has it */
+    #define s2_fill_leaf(w, level, perm, desc, sh) do { \\
+        struct { uint8_t status, fsc; int8_t lvl; uint8_t prm, mem, s, c, u; } head_ = { \\
+            0, 0, (int8_t)(level), (perm), (uint8_t)((desc) >> 2 & 0xF), (uint8_t)((sh) >> 8), 0, 0 }; \\
+        __builtin_memcpy((w), &head_, 8); } while (0)
+    """
+    void fill_leaf "s2_fill_leaf"(walk_t *out, int level, uint8_t perm, uint64_t desc, uint64_t sh) noexcept nogil
+
+
+cdef inline bint walk_plainly(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint64_t address, int level,
+                              int shift, uint8_t access, walk_path_t *path, walk_t *out) noexcept nogil:
+    """The walk that most are, from the descriptor at ``address`` on: tables in the region of the last one, a leaf in
+    order that allows the access as it is. False for any other: the state machine decides those. No calls from here:
+    they would cost the registers. ``path``, if any, learns the way."""
+    cdef uint64_t desc, offset, kind
+    cdef uint8_t perm
+    while True:
+        offset = address - view.tables.start
+        if offset >= view.tables.size:
+            return False
+        desc = load64(<const uint64_t *>(view.tables.host + offset))
+        kind = desc & config.plain_mask
+        if kind != 3 or level == FINAL_LEVEL:
+            break
+        level += 1
+        shift -= config.granule_bits - 3
+        address = (desc & config.oa.mask) + ((ipa >> shift & config.index_mask) << 3)
+        if path != NULL:
+            path.entries[level + 1] = address
+    if kind != <uint64_t>(3 if level == FINAL_LEVEL else 1) or level < config.block_level:
+        return False
+    perm = s2ap_xn_to_perm(desc, config.xnx)
+    if desc & (DESC_AF | DESC_CONTIGUOUS) != DESC_AF or access & ACCESS_PTW or required_perm(access) & ~perm:
+        return False
+    fill_leaf(out, level, perm, desc, desc & config.sh_mask | config.sh_implied)
+    out.size = <uint64_t>1 << shift
+    out.pa = (desc & config.oa.mask & ~(out.size - 1)) | (ipa & (out.size - 1))
+    out.desc = desc
+    out.desc_addr = address
+    return True
+
+
+cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
+                      bint update, walk_t *out) noexcept nogil:
+    """Translate ``ipa``; see ``walk`` for what ``out`` says. ``view`` is the caller's own."""
+    if not config.plain or ipa >> config.ia_bits or not walk_plainly(
+            view, config, ipa, config.base + (ipa >> config.start_shift << 3), config.start_level, config.start_shift,
+            access, NULL, out):
+        walk_by_steps(view, config, ipa, access, update, out)
+
+
+cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_path_t *path, uint64_t ipa,
+                           uint8_t access, walk_t *out) noexcept nogil:
+    """``walk_stage2``, from the deepest table that it shares with the last walk: a walk cache, which whoever owns it
+    must forget where the architecture says so. No fault comes from it: what does not succeed plainly is walked again
+    from the root."""
+    cdef int stride = config.granule_bits - 3, level = path.level, shift
+    cdef uint64_t apart = ipa ^ path.ipa, address
+    if not config.plain or ipa >> config.ia_bits:
+        walk_by_steps(view, config, ipa, access, True, out)
+        return
+    shift = level_shift(config.granule_bits, level)
+    while level > config.start_level and apart >> shift >> stride:
+        level -= 1
+        shift += stride
+    if level > config.start_level:
+        address = path.entries[level + 1] & ~((<uint64_t>1 << config.granule_bits) - 1)
+        address += (ipa >> shift & ((<uint64_t>1 << stride) - 1)) << 3
+    else:
+        address = config.base + (ipa >> shift << 3)
+    path.level = config.start_level
+    if walk_plainly(view, config, ipa, address, level, shift, access, path, out):
+        path.ipa = ipa
+        path.level = out.level
+    else:
+        walk_by_steps(view, config, ipa, access, True, out)
 
 
 cdef class Walk:
@@ -547,10 +634,12 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
     into.budget -= entries
     for i in range(entries):
         if not read_desc(view, table + (i << 3), config.big_endian, &desc):
-            return 0
+            continue                        # a large granule's table may lie in RAM only in part
         if not is_leaf_or_fault(config, desc, level, &leaf):
             continue
-        if output_too_large(config, desc, shift if leaf else config.granule_bits):
+        if leaf and config.bbm and level < FINAL_LEVEL and desc & DESC_NT:
+            continue
+        if block_address(config, desc, shift if leaf else config.granule_bits) & ~config.output_mask:
             continue
         if not leaf:
             next_table = decode_oa(&config.oa, desc)
@@ -571,7 +660,7 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
         into.count += 1
         describe_leaf(config, desc, &walked)
         row.ipa = ipa + (i << shift)
-        row.pa = leaf_output(config, desc, row.ipa, level, shift)
+        row.pa = leaf_output(config, desc, block_address(config, desc, shift), row.ipa, level, shift)
         row.size = (<uint64_t>1) << shift
         row.desc = desc
         row.level = <int8_t>level

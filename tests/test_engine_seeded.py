@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import randomops
-from lockstep import DATA, DATA_PAGES, GRANULES, K, Loose, M, Pair
+from lockstep import DATA_PAGES, GRANULES, K, Loose, M, Pair
 
 LONG = 20 if os.environ.get("S2SHADOW_LONG") == "1" else 1
 CHECK_EVERY = 10_000
@@ -32,7 +32,7 @@ def compare_reverse(pair, rng):
     """vm.reverse of many pages is what the scan finds."""
     found, large = scan(pair.vm, pair.page)
     pages = rng.sample(sorted(found), min(100, len(found)))
-    pages += [DATA + rng.randrange(DATA_PAGES) * pair.page for _ in range(20)]
+    pages += [pair.data + rng.randrange(DATA_PAGES) * pair.page for _ in range(20)]
     for page in pages:
         over = [(index, ipa, size) for cipa, index, ipa, size in large if cipa <= page < cipa + size]
         rows = pair.vm.reverse(page)[["context", "ipa", "size"]].tolist()

@@ -54,7 +54,7 @@ class Lockstep(RuleBasedStateMachine):
     @rule(n=vcpu, page=PAGES, access=ACCESS)
     def fault_canonical(self, n, page, access):
         """An address that means something with stage 2 off."""
-        self.pair.fault(n, lockstep.DATA + page * self.pair.page, access)
+        self.pair.fault(n, self.pair.data + page * self.pair.page, access)
 
     @rule(n=vcpu, slots=st.lists(st.integers(0, SLOTS * 8 - 1), max_size=20), access=ACCESS)
     def batch(self, n, slots, access):
