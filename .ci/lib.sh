@@ -3,8 +3,11 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf '\n== %s\n' "$*"; }
 
-# A clean clone of the committed HEAD, at $1.
-clone() { git clone --quiet "$top" "$1"; }
+# A clean clone at $1, of $commit or of HEAD.
+clone() {
+    git clone --quiet --no-checkout "$top" "$1"
+    git -C "$1" checkout --quiet --detach "${commit:-$(git -C "$top" rev-parse HEAD)}"
+}
 
 # Prints a working interpreter of version $1 (such as 3.12), or fails. A shim may be there and still not run.
 find_python() {
@@ -25,7 +28,7 @@ new_venv() {
     "$1/bin/pip" install --quiet --upgrade pip
 }
 
-# What every leg needs: git, a C and C++ compiler, Python with venv and headers. Installed by apt where we may.
+# What every leg needs: git, compilers for C and C++, Python with venv and headers. Installed by apt where we may.
 need_tools() {
     local missing=()
     command -v git >/dev/null || missing+=(git)
@@ -57,9 +60,8 @@ build_sanitized() {
 sanitized_pytest() {
     local venv=$1
     shift
-    # Python itself leaks by design; pymalloc would hide overruns from ASan; a refused malloc must return NULL. ASan looks
-    # for what throws C++ exceptions when it starts, long before a module brings libstdc++ along.
-    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
+    # Python itself leaks by design; pymalloc would hide overruns from ASan; a refused malloc must return NULL.
+    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" \
         ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:halt_on_error=1 \
         UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
         "$venv/bin/python" -m pytest --capture=sys "$@"
