@@ -349,11 +349,7 @@ def test_bound_covers_the_maps():
 
 
 def test_ranges_without_leaves_are_given_back():
-<<<<<<< HEAD
     """UNKNOWN ranges that outlived their leaves fill the bound; who needs the room gets it."""
-=======
-    """UNKNOWN ranges that outlived their leaves fill the bound in two contexts; others get the room they need."""
->>>>>>> main
     r = tight(900 * K)
     for vmid in (1, 2):
         r.load(vmid)
