@@ -61,7 +61,8 @@ sanitized_pytest() {
     local venv=$1
     shift
     # Python itself leaks by design; pymalloc would hide overruns from ASan; a refused malloc must return NULL.
-    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" \
+    # ASan looks for what throws C++ exceptions when it starts, long before a module brings libstdc++ along.
+    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
         ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:halt_on_error=1 \
         UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
         "$venv/bin/python" -m pytest --capture=sys "$@"

@@ -99,6 +99,40 @@ def bench_unmap_512_pages(report):
     unmap_pages(report, bed, events=1, pages=512, among=bed.pages[: LEAVES // 512 * 512 : 512], rounds=100)
 
 
+@pytest.mark.benchmark(group="unmap, interval map")
+def bench_unmap_page_1_context_interval_map(report):
+    unmap_pages(report, Bed("interval-map", contexts=1, pages=LEAVES))
+
+
+@pytest.mark.benchmark(group="unmap, interval map")
+def bench_unmap_page_8_contexts_interval_map(report):
+    """Every context's map is asked: seven answer that they do not know the page."""
+    unmap_pages(report, Bed("interval-map", contexts=8, pages=LEAVES // 8))
+
+
+@pytest.mark.benchmark(group="unmap, interval map")
+def bench_unmap_page_64_contexts_interval_map(report):
+    unmap_pages(report, Bed("interval-map", contexts=64, pages=LEAVES // 64))
+
+
+@pytest.mark.benchmark(group="unmap, interval map")
+def bench_unmap_page_shared_by_8_contexts_interval_map(report):
+    """The shipped capture under 8 VMIDs: eight leaves go."""
+    unmap_pages(report, Bed("interval-map", synthetic=False, contexts=8))
+
+
+@pytest.mark.benchmark(group="unmap, interval map")
+def bench_unmap_512_pages_interval_map(report):
+    bed = Bed("interval-map", contexts=1, pages=LEAVES)
+    unmap_pages(report, bed, events=1, pages=512, among=bed.pages[: LEAVES // 512 * 512 : 512], rounds=100)
+
+
+@pytest.mark.benchmark(group="unmap, Linux's way")
+def bench_unmap_page_4_aliases_interval_map(report):
+    """Each canonical page at four IPAs, so that nothing is known: one of eight contexts goes."""
+    blow_away(report, Bed("interval-map", contexts=8, pages=LEAVES // 32, aliases=4))
+
+
 @pytest.mark.benchmark(group="unmap, Linux's way")
 def bench_unmap_page_blow_away(report):
     blow_away(report, Bed("blow-away", contexts=8, pages=LEAVES // 8))

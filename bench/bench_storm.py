@@ -27,6 +27,11 @@ def bench_storm_capture_reverse_map(benchmark):
 
 
 @pytest.mark.benchmark(group="storm on the shipped capture, 4 contexts")
+def bench_storm_capture_interval_map(benchmark):
+    storm(benchmark, "interval-map", events=2000)
+
+
+@pytest.mark.benchmark(group="storm on the shipped capture, 4 contexts")
 def bench_storm_capture_blow_away(benchmark):
     storm(benchmark, "blow-away", events=2000)
 
@@ -39,3 +44,18 @@ def bench_storm_capture_blow_away_lean(benchmark):
 @pytest.mark.benchmark(group="storm, generated, 8 contexts of 65,536 pages")
 def bench_storm_synthetic_reverse_map(benchmark):
     storm(benchmark, "reverse-map", synthetic=True, contexts=8, pages=65536, events=2000)
+
+
+@pytest.mark.benchmark(group="storm, generated, 8 contexts of 65,536 pages")
+def bench_storm_synthetic_interval_map(benchmark):
+    storm(benchmark, "interval-map", synthetic=True, contexts=8, pages=65536, events=2000)
+
+
+@pytest.mark.benchmark(group="storm, generated, 8 contexts of 65,536 leaves, each page twice")
+def bench_storm_aliases_reverse_map(benchmark):
+    storm(benchmark, "reverse-map", synthetic=True, contexts=8, pages=32768, aliases=2, events=2000)
+
+
+@pytest.mark.benchmark(group="storm, generated, 8 contexts of 65,536 leaves, each page twice")
+def bench_storm_aliases_interval_map(benchmark):
+    storm(benchmark, "interval-map", synthetic=True, contexts=8, pages=32768, aliases=2, events=2000)

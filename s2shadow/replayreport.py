@@ -21,7 +21,7 @@ from s2shadow.report import (
 __all__ = ["plot", "replay_csv", "replay_lines"]
 
 ROLES = {"l1": "a host that plays L1", "l0": "a host (L0) that runs a guest hypervisor"}
-COLOURS = {"reverse-map": "#1b7f5c", "interval-map": "#2e6da4", "blow-away": "#c0392b", "blow-away-lean": "#e59866"}
+COLOURS = {"reverse-map": "#1b7f5c", "interval-map": "#2c6fbb", "blow-away": "#c0392b", "blow-away-lean": "#e59866"}
 STYLES = {"reverse-map": "-", "interval-map": "-.", "blow-away": "-", "blow-away-lean": "--"}
 
 

@@ -12,7 +12,7 @@ a list makes an axis of the cross product. ``EXAMPLE`` (``s2shadow sweep --examp
     events       events under the reverse map
     event_pages  4K pages per event
     write        touch by writing
-    teardown     policies; not an axis: all of them are measured at each point, one after the other
+    teardown     policies (default: those of storm); not an axis: all are measured at each point, one after the other
     tlbi         extent of L1's TLBIs
     seed         of the layout and of the events
     seconds      time for each policy other than the reverse map; at least min_events events
@@ -58,7 +58,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from s2shadow.journal import Journal, JournalError
-from s2shadow.storm import POLICIES, REVERSE_MAP, StormConfig, config_dict, run
+from s2shadow.storm import DEFAULT_POLICIES, REVERSE_MAP, StormConfig, config_dict, run
 
 __all__ = ["EXAMPLE", "OUTPUT_FORMATS", "Spec", "SpecError", "SweepError", "SweepResult", "WorkerPool",
            "dask_executor", "load_spec", "points", "run_point", "run_sweep"]
@@ -229,7 +229,7 @@ def points(spec: Spec) -> list[StormConfig]:
 
 def grid_points(grid: dict[str, tuple[Any, ...]]) -> Iterator[StormConfig]:
     """``ValueError`` naming the key at the first value out of its range."""
-    teardown = grid.get("teardown", POLICIES)
+    teardown = grid.get("teardown", DEFAULT_POLICIES)
     axes = {key: values for key, values in grid.items() if key != "teardown"}
     for chosen in product(*axes.values()):
         values = dict(zip(axes, chosen, strict=True))

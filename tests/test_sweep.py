@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from s2shadow import storm, sweepreport
 from s2shadow.cli import main
 from s2shadow.journal import Journal, JournalError
-from s2shadow.storm import POLICIES, StormConfig
+from s2shadow.storm import DEFAULT_POLICIES, StormConfig
 from s2shadow.sweep import (
     EXAMPLE,
     KEYS,
@@ -307,7 +307,7 @@ def test_rows_are_the_storms_of_the_spec(spec, output):
     found = spec("contexts = [1, 2]\npages = [8, 600]\nblock_mix = [0, 0.9]\nwrite = true")
     result = run_sweep(found, Here(), output)
     assert (result.points, result.finished, result.failed, result.before) == (8, 8, 0, 0)
-    assert [(row["point"], row["policy"]) for row in result.rows] == list(product(range(1, 9), POLICIES))
+    assert [(row["point"], row["policy"]) for row in result.rows] == list(product(range(1, 9), DEFAULT_POLICIES))
     plan = points(found)
     for row in result.rows:
         config = plan[row["point"] - 1]
@@ -340,7 +340,7 @@ def test_csv_and_parquet_hold_the_rows(spec, tmp_path):
         assert read == {name: "" if value is None else str(value) for name, value in row.items()}
     failed = [row for row in result.rows if row["error"] is not None]
     assert {row["error"] for row in failed} == {"event_pages 5 is more than the 4 canonical pages of the set"}
-    assert [row["policy"] for row in failed] == list(POLICIES) and all(row["events"] is None for row in failed)
+    assert [row["policy"] for row in failed] == list(DEFAULT_POLICIES) and all(row["events"] is None for row in failed)
 
     polars = pytest.importorskip("polars", reason="Parquet needs polars, which is not installed")
     again = run_sweep(found, Here(), tmp_path / "out.parquet")
@@ -646,7 +646,7 @@ def test_summary_is_of_medians(spec, output):
     text = "\n".join(line.text for line in sweepreport.summary_lines(result))
     assert "12 points over contexts, pages, seed" in text and "1 worker on" in text
     rows = read_csv(output)
-    for policy in POLICIES:
+    for policy in DEFAULT_POLICIES:
         totals = [float(row["total_ns_per_event"]) for row in rows if row["policy"] == policy]
         line = next(line for line in text.splitlines() if line.startswith(policy + " "))
         assert re.split(r" {2,}", line)[1] == "12"
@@ -736,7 +736,7 @@ def test_command_without_running(run, spec):
     assert (code, out) == (0, EXAMPLE)
     code, out, _ = run("spec.toml", "--list")
     assert code == 0 and [line.split() for line in out.splitlines()] == \
-        [["point", "pages", "policies"], ["1", "8", *POLICIES], ["2", "16", *POLICIES]]
+        [["point", "pages", "policies"], ["1", "8", *DEFAULT_POLICIES], ["2", "16", *DEFAULT_POLICIES]]
     assert not Path("spec.csv").exists()
 
 
