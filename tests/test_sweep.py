@@ -25,17 +25,8 @@ from s2shadow import storm, sweepreport
 from s2shadow.cli import main
 from s2shadow.journal import Journal, JournalError
 from s2shadow.storm import DEFAULT_POLICIES, StormConfig
-from s2shadow.sweep import (
-    EXAMPLE,
-    KEYS,
-    SpecError,
-    SweepError,
-    WorkerPool,
-    load_spec,
-    parse_spec,
-    points,
-    run_sweep,
-)
+from s2shadow.sweep import SweepError, WorkerPool, run_sweep
+from s2shadow.sweepspec import EXAMPLE, KEYS, SpecError, load_spec, parse_spec, points
 from sweepwork import TINY, Deadly, read_csv
 
 CAPTURES = Path(__file__).parent / "data" / "captures"
@@ -82,6 +73,16 @@ def test_the_example_is_a_spec(tmp_path):
     assert {(config.event_pages, config.events) for config in found} == {(1, 2000), (512, 200)}
     assert {config.teardown for config in found} == {("reverse-map", "blow-away")}
     assert all(config.synthetic for config in found)
+
+
+def test_the_example_with_its_last_grid(tmp_path):
+    """Captures beside generated tables: what is said of the latter does not stand in the way."""
+    text, last = EXAMPLE.split("# [[grid]]")
+    (tmp_path / "example.toml").write_text(text + "[[grid]] #" + last.replace("# capture", "capture"))
+    found = points(load_spec(tmp_path / "example.toml"))
+    assert len(found) == 48 + 3 * 2
+    assert [(config.contexts, config.seed) for config in found if not config.synthetic] == \
+        list(product([1, 4, 16], [1, 2]))
 
 
 def test_order_and_defaults(spec):
@@ -187,6 +188,7 @@ def test_any_other_spec_is_refused_by_name_or_taken(table):
     ("teardown = []", "teardown is an empty list"),
     ("vm = 0", "vm needs a capture"),
     ("capture = 'shipped'\npages = 4", "pages is for generated tables, and capture is given"),
+    ("capture = 'shipped'\n[[grid]]\npages = 4", "pages is for generated tables"),
     ("capture = 3", "capture must be text, got 3"),
     ("grid = 3", "grid must be a table, written [[grid]]"),
     ("grid = []", "grid must be a table, written [[grid]]"),
@@ -372,7 +374,7 @@ def test_a_point_without_memory_fails_alone(spec, output, monkeypatch):
         if config.seed == 2:
             raise MemoryError("the engine's tables")
         return real(config)
-    monkeypatch.setattr("s2shadow.sweep.run", run)
+    monkeypatch.setattr("s2shadow.sweepworkers.run", run)
     result = run_sweep(spec("pages = 8\nseed = [1, 2, 3]\nteardown = 'reverse-map'"), Here(), output)
     assert [row["error"] for row in result.rows] == [None, "out of memory: the engine's tables", None]
 
@@ -389,7 +391,7 @@ def test_no_two_storms_at_once_in_one_process(spec, output, monkeypatch):
         time.sleep(0.01)
         at_once -= 1
         return real(config)
-    monkeypatch.setattr("s2shadow.sweep.run", run)
+    monkeypatch.setattr("s2shadow.sweepworkers.run", run)
     with ThreadPoolExecutor(4) as threads:
         result = run_sweep(spec("pages = 8\nseed = [1, 2, 3, 4, 5, 6]"), threads, output)
     assert result.finished == 6 and most == 1
@@ -511,7 +513,7 @@ def test_a_result_without_its_journal_is_not_overwritten(spec, output):
 def test_what_failed_is_tried_again(spec, output, monkeypatch):
     found = spec("pages = 8\nseed = [1, 2]\nteardown = 'reverse-map'")
     with monkeypatch.context() as patch:
-        patch.setattr("s2shadow.sweep.run", lambda config: 1 // 0)
+        patch.setattr("s2shadow.sweepworkers.run", lambda config: 1 // 0)
         assert [row["error"] for row in run_sweep(found, Here(), output).rows] == \
             ["ZeroDivisionError: integer division or modulo by zero"] * 2
     result = run_sweep(found, Here(), output)
