@@ -86,8 +86,9 @@ def test_walk(rng):
     for ipa in ipas:
         tablegen.grow(rng, twins.mem, twins.cfg, ipa)
     twins.copy_tables()
-    found = [twins.check_walk(ipa, access, update=False, trace=True)
-             for ipa, access in zip(ipas, accesses, strict=True)]
+    found = [
+        twins.check_walk(ipa, access, update=False, trace=True) for ipa, access in zip(ipas, accesses, strict=True)
+    ]
     twins.check_tables()
     batch = s2shadow.walk_many(
         twins.ours, twins.theirs, np.array(ipas, dtype=np.uint64), np.array(accesses, dtype=np.uint8), update=False
