@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from s2shadow.commands import (
     diff,
     dump,
+    replay,
     storm,
     sweep,
     tlbi,
@@ -31,6 +32,7 @@ from s2shadow.commands.common import (
 # in the order in which --help lists them
 COMMANDS = (
     storm,
+    replay,
     walk,
     dump,
     diff,

@@ -254,7 +254,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
     parts = (("teardown (p50)", lambda row: row["teardown_ns_per_event"]["p50"]),
              ("refaults", lambda row: row["refault_ns_per_event"]),
              ("total", lambda row: row["total_ns_per_event"]))
-    colours = {"reverse-map": "#1b7f5c", "interval-map": "#2e6da4", "blow-away": "#c0392b",
+    colours = {"reverse-map": "#1b7f5c", "interval-map": "#2c6fbb", "blow-away": "#c0392b",
                "blow-away-lean": "#e59866"}
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()

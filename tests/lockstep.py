@@ -53,8 +53,8 @@ class Pair:
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
         options |= features or {}
         size = {"vcpus": vcpus, "contexts": contexts, "attributes": attributes}
-        feat = s2shadow.Features(**options)
-        self.vm = s2shadow.NestedVM(self.ours, features=feat, teardown=teardown, **size, **engine)
+        engine |= {"features": s2shadow.Features(**options), "teardown": teardown}
+        self.vm = s2shadow.NestedVM(self.ours, **size, **engine)
         self.model = MODELS.get(teardown, VM)(self.theirs, Features(**options), **size)
         self.pa_bits = self.model.features.pa_bits
         self.host = HOST_OF_PA_BITS[self.pa_bits]

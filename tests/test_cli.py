@@ -84,10 +84,8 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert info.value.code == 0
     out = capsys.readouterr().out
-    for command in ("storm", "walk", "dump", "diff", "tlbi", "sweep"):
+    for command in ("storm", "walk", "dump", "diff", "tlbi", "sweep", "replay"):
         assert f"\n    {command} " in out
-    for later in ("replay",):
-        assert later not in out
 
 
 def test_no_command_prints_help(run):
