@@ -257,7 +257,7 @@ def check_part(result: dict[str, Any]) -> str:
         return paragraph("Nothing to compare with: the trace has no snapshots or counts beside it.")
     parts = [paragraph(line.text.removeprefix("checked").strip(), "warning" if line.style == "yellow" else "")
              for line in lines]
-    rows = [("snapshot", "VM", "pages", "same", "otherwise", "leaves", "equal", "verdict")]
+    rows: list[tuple[str, ...]] = [("snapshot", "VM", "pages", "same", "otherwise", "leaves", "equal", "verdict")]
     for kind, text in (("tables", "L1's table"), ("hosts", "L0's table"), ("shadows", "shadow")):
         rows += [snapshot_row(row, text) for row in checks[kind]]
     if len(rows) > 1:
@@ -358,6 +358,14 @@ def nice_scale(highest: float) -> tuple[Scale, list[float]]:
     return Scale(0, ticks[-1]), ticks
 
 
+def axis_text(value: float, highest: float) -> str:
+    """A tick's count, short: in thousands or millions where the axis reaches far."""
+    for factor, unit in ((1e6, " M"), (1e3, " k")):
+        if value and highest >= 20 * factor:
+            return f"{value / factor:,.6g}{unit}"
+    return count_text(value)
+
+
 def chart(caption: str, shapes: str, kind: str, left: str, bottom: str, ident: str) -> str:
     """A figure: SVG between its axes. ``left`` and ``bottom`` are labels, as HTML."""
     return (f'<figure id="{ident}" class="{kind}">\n<figcaption>{escape(caption)}</figcaption>\n'
@@ -372,8 +380,9 @@ def label(text: str, place: str, at: float) -> str:
     return f'<span class="{place}{end}" style="{place}:{at / WIDE:.2%}">{escape(text)}</span>'
 
 
-def path(points: str, kind: str) -> str:
-    return f'<path class="{kind}" d="{points}"/>'
+def path(points: str, kind: str, width: float | None = None) -> str:
+    style = "" if width is None else f' style="stroke-width:{width:g}"'
+    return f'<path class="{kind}" d="{points}"{style}/>'
 
 
 def stepped(xs: Sequence[float], ys: Sequence[float]) -> str:
@@ -420,12 +429,14 @@ def timeline_chart(result: dict[str, Any], caption: str, lines: Sequence[tuple[s
     shapes = [path(f"M0 {WIDE - up.at(tick):g}H{WIDE}", "grid") for tick in ticks]
     shapes += [path(f"M{across.at(second):g} 0V{WIDE}", "mark")
                for second in marked(result) if seconds[0] <= second <= seconds[-1]]
-    shapes += [path(stepped(xs, [WIDE - up.at(value) for value in values]), kind) for _, kind, values in lines]
+    # each line a little thinner than the one below it: equal ones stay in sight
+    shapes += [path(stepped(xs, [WIDE - up.at(value) for value in values]), kind, 1.75 + 1.5 * (len(lines) - 1 - i))
+               for i, (_, kind, values) in enumerate(lines)]
     shapes += [path(f"M{across.at(second):g} {WIDE}V{0.9 * WIDE:g}", "tick") for second in more]
     _, times = nice_scale(seconds[-1] - seconds[0])
     bottom = "".join(label(f"{seconds[0] + at:,.4g} s", "left", across.at(seconds[0] + at))
                      for at in times if seconds[0] + at <= seconds[-1])
-    left = "".join(label(count_text(tick), "top", WIDE - up.at(tick)) for tick in ticks)
+    left = "".join(label(axis_text(tick, ticks[-1]), "top", WIDE - up.at(tick)) for tick in ticks)
     return chart(caption, "".join(shapes), "time", left, bottom, ident)
 
 
@@ -443,7 +454,7 @@ def latency_figures(result: dict[str, Any]) -> str:
     if not shown:
         return paragraph("Nothing was timed.")
     keys = "".join(f'<span><i class="point {kind}"></i>{name}</span>'
-                   for kind, name in (("p50", "p50"), ("mean", "mean"), ("p99", "p99"), ("max", "max")))
+                   for kind, name in (("p50", "p50"), ("p99", "p99"), ("max", "max"), ("mean", "mean")))
     return "\n".join([f'<p class="legend">{keys}</p>', *shown])
 
 
@@ -461,7 +472,7 @@ def latency_figure(result: dict[str, Any], what: str, caption: str) -> str:
     grid = "".join(path(f"M{across.at(tick):g} 0V{WIDE}", "grid") for tick in ticks)
     strips = []
     for name, ns in measured.items():
-        at = {key: across.at(max(ns[key], low)) for key in ("p50", "mean", "p99", "max")}
+        at = {key: across.at(max(ns[key], low)) for key in ("p50", "p99", "max", "mean")}
         told = ", ".join(f"{key} {time_text(ns[key])}" for key in at)
         shapes = path(f"M{at['p50']:g} 500H{at['max']:g}", f"range {names[name]}")
         shapes += "".join(path(f"M{x:g} 500h0" if key != "max" else f"M{x:g} 150V850", f"point {key} {names[name]}")
@@ -497,7 +508,7 @@ def refault_figure(result: dict[str, Any]) -> str:
             f'<div class="strip"><p><i class="key {names[name]}"></i>{escape(name)} <span>{told}</span></p>'
             f'<svg role="img" aria-label="{escape(f"{name}: {told}")}" viewBox="0 0 {WIDE} {WIDE}" '
             f'preserveAspectRatio="none">{grid}{shapes}</svg></div>')
-    bottom = "".join(label(count_text(tick), "left", across.at(tick)) for tick in ticks)
+    bottom = "".join(label(axis_text(tick, ticks[-1]), "left", across.at(tick)) for tick in ticks)
     return ('<figure id="refaults" class="latency">\n<figcaption>Faults served; hollow: those that only '
             'over-invalidation caused</figcaption>\n' + "\n".join(strips)
             + f'\n<div class="bottom">{bottom}</div>\n</figure>')

@@ -41,12 +41,12 @@ figure { margin: 1rem 0 1.5rem; }
 figcaption { font-weight: 500; margin-bottom: .5rem; }
 svg { display: block; width: 100%; overflow: visible; }
 path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 1.75; }
-.chart { display: grid; grid-template-columns: 3.6rem 1fr; }
+.chart { display: grid; grid-template-columns: 3rem 1fr; }
 .chart svg { height: 11rem; }
 .chart .bottom { grid-column: 2; }
 .left, .bottom { position: relative; color: var(--soft); font-size: .8rem; line-height: 1; }
 .bottom { height: 1.2rem; margin-top: .35rem; }
-span.top { position: absolute; right: .5rem; transform: translateY(-50%); }
+span.top { position: absolute; right: .5rem; transform: translateY(-50%); white-space: nowrap; }
 span.left { position: absolute; transform: translateX(-50%); white-space: nowrap; }
 span.left.first { transform: none; }
 span.left.last { transform: translateX(-100%); }

@@ -28,18 +28,26 @@ class Browser:
         self.profile = tempfile.mkdtemp(prefix="s2shadow-browser-")
         commands, self.commands = os.pipe()
         self.answers, answers = os.pipe()
-        # the browser reads descriptor 3 and writes 4; a shell puts them there
+        # the browser reads descriptor 3 and writes 4; a shell puts them there (dash knows no descriptors above 9)
         self.process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', program, "--headless=new", "--no-sandbox",
+            ["bash", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', program, "--headless=new", "--no-sandbox",
              "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--hide-scrollbars",
              "--remote-debugging-pipe", f"--user-data-dir={self.profile}", "about:blank"],
-            pass_fds=(commands, answers), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            pass_fds=(commands, answers), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL)
         os.close(commands)
         os.close(answers)
         self.number = 0
         self.session: str | None = None
         self.buffer = b""
         self.events: list[dict[str, Any]] = []
+        try:
+            self.attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def attach(self) -> None:
         target = next(info for info in self.call("Target.getTargets")["targetInfos"] if info["type"] == "page")
         self.session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
