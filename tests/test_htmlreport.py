@@ -24,10 +24,10 @@ from s2shadow.memslots import Memslot
 from s2shadow.replay import ReplayConfig, config_dict
 
 DATA = Path(__file__).parent / "data"
-RESULTS = {name: json.loads((DATA / "replay" / f"{name}.json").read_text()) for name in ("g2", "a")}
+RESULTS = {name: json.loads((DATA / "htmlreport" / f"{name}.json").read_text()) for name in ("g2", "a")}
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 UNITS = {"ns": 1, "µs": 1e3, "ms": 1e6, "s": 1e9}
-EVIL = '</script><script>alert(1)</script><img src=x onerror="alert(1)">\'"&amp;\x00\x1b[31m'
+EVIL = '</script x="</script><script>alert(1)</script><img src=x onerror="alert(1)">\'"&amp;\x00\x1b[31m'
 
 
 class Page(HTMLParser):
@@ -543,6 +543,8 @@ MEASURE = """(() => {
     tall: [...document.querySelectorAll('td')].every(e => e.getBoundingClientRect().height > 0),
     back: getComputedStyle(document.body).backgroundColor, ink: getComputedStyle(document.body).color,
     images: document.images.length,
+    even: [...document.querySelectorAll('path')].every(e => getComputedStyle(e).vectorEffect == 'non-scaling-stroke'),
+    result: document.getElementById('result').textContent,
   };
 })()"""
 
@@ -590,7 +592,9 @@ def test_page_in_a_browser(browser, tmp_path, name, size, scheme):
     assert all(left >= 0 and left + width <= size[0] and width > 200 and height > 15
                for left, _, width, height in seen["svgs"])
     assert seen["tables"] == {key: rows for key, rows in PAGES[name].tables.items() if not key.startswith("table ")}
+    assert json.loads(seen["result"]) == CASES[name]
     assert seen["tall"]
+    assert seen["even"], "lines are as thick however wide the figure is"
     assert all(apart(boxes, 0) for boxes in seen["bottoms"])
     assert all(apart(boxes, 1) and all(box[3] < 20 for box in boxes) for boxes in seen["lefts"])
     if name == "g2":
