@@ -4,6 +4,7 @@ Names of benchmarks are keys of their history: never rename one. Inputs are made
 compared by ``min``, which moves by a few per cent between runs, where means move by half.
 """
 
+import os
 from functools import cache
 
 import numpy as np
@@ -27,35 +28,54 @@ def floor_ns(footprints):
     return sum(load_ns(max(PAGE, 1 << (int(nbytes) - 1).bit_length())) for nbytes in footprints)
 
 
+FULL = os.environ.get("S2SHADOW_BENCH") == "full"
+
+
+def sized(full, small):
+    """The size that a figure of the record is taken at, or a smaller one for everyday runs."""
+    return full if FULL else small
+
+
 class Report:
-    """Runs one operation; stores ns per operation and the floor beside pytest-benchmark's seconds per call."""
+    """Runs one operation; stores ns per operation, floor and ratio beside pytest-benchmark's seconds per call."""
 
     def __init__(self, benchmark):
         self.benchmark = benchmark
 
-    def __call__(self, run, *, operations=1, footprints=()):
-        """``run`` as often as pytest-benchmark likes: it leaves things as they were. ``operations`` in one run."""
-        self.benchmark(run)
-        self._store(operations, footprints)
+    def __call__(self, run, *, operations=1, footprints=(), floor=None):
+        """``run`` as often as pytest-benchmark likes: it leaves things as they were. ``operations`` in one run.
 
-    def rounds(self, run, prepare, *, rounds, operations=1, footprints=()):
-        """``prepare`` before each ``run``, untimed."""
+        The floor is ``floor()``, ns per operation by code that does the same and no more, or else one dependent load
+        in each of ``footprints``."""
+        self.benchmark(run)
+        self._store(operations, footprints, floor)
+
+    def rounds(self, run, prepare, *, rounds, operations=1, footprints=(), floor=None, beyond=None, **more):
+        """``prepare`` before each ``run``, untimed. ``beyond``: ns per operation to subtract, as what is measured comes
+        on top of that. Further keywords are stored as they are."""
         # the setup of pedantic must return None, or arguments for run
         self.benchmark.pedantic(run, setup=lambda: (prepare(), None)[1], rounds=rounds, warmup_rounds=1, iterations=1)
-        self._store(operations, footprints)
+        self._store(operations, footprints, floor, beyond, more)
 
-    def _store(self, operations, footprints):
+    def _store(self, operations, footprints, floor=None, beyond=None, more=None):
         if self.benchmark.stats is None:  # --benchmark-disable
             return
         info = {"operations": operations, "ns_per_operation": self.benchmark.stats.stats.min * 1e9 / operations}
-        if footprints:
+        if beyond is not None:
+            info["whole_ns"], info["bare_ns"] = info["ns_per_operation"], beyond()
+            info["ns_per_operation"] = info["whole_ns"] - info["bare_ns"]
+        if floor is not None:
+            info["floor_ns"] = floor()
+        elif footprints:
             info["floor_ns"] = floor_ns(footprints)
+        if "floor_ns" in info:
             info["times_floor"] = info["ns_per_operation"] / info["floor_ns"]
-        self.benchmark.extra_info.update({key: round(value, 3) for key, value in info.items()})
+        info.update({key: value() if callable(value) else value for key, value in (more or {}).items()})
+        self.benchmark.extra_info.update({k: round(v, 3) if isinstance(v, float) else v for k, v in info.items()})
 
 
-def stage2_tables(address, frames, *, levels):
-    """4K-granule tables at ``address`` that map IPA 0 upward to the pages ``frames``.
+def stage2_tables(address, frames, *, levels, leaf=3):
+    """4K-granule tables at ``address`` that map IPA 0 upward to ``frames``: pages, or blocks where ``leaf`` is 1.
 
     Returns all table pages as one uint64 array, root first, and the bytes of the tables of each level.
     """
@@ -69,7 +89,7 @@ def stage2_tables(address, frames, *, levels):
     for level in range(levels):
         if level == levels - 1:
             # AF, inner shareable, read-write, Normal write-back
-            entries = np.asarray(frames, dtype=np.uint64) | np.uint64(1 << 10 | 3 << 8 | 3 << 6 | 0xF << 2 | 3)
+            entries = np.asarray(frames, dtype=np.uint64) | np.uint64(1 << 10 | 3 << 8 | 3 << 6 | 0xF << 2 | leaf)
         else:
             entries = (starts[level + 1] + PAGE * np.arange(counts[level + 1])).astype(np.uint64) | np.uint64(3)
         at = int(starts[level] - address) // 8

@@ -6,10 +6,12 @@ from s2shadow import constants as _constants
 from s2shadow.combine import Combined, combine
 from s2shadow.config import Stage2Config
 from s2shadow.constants import *  # noqa: F403
+from s2shadow.descriptor import WalkLevel
 from s2shadow.engine import (
     FAULT_DTYPE,
     HOST_LEAF_DTYPE,
     HW_TLBI_DTYPE,
+    INTERVAL_DTYPE,
     REVERSE_DTYPE,
     SHADOW_DTYPE,
     TLBI_OP_DTYPE,
@@ -29,7 +31,17 @@ from s2shadow.mapping import HostMapping, Linear
 from s2shadow.memory import GuestMemory, Region
 from s2shadow.tlbi import Tlbi, UndefinedInstruction, decode_tlbi
 from s2shadow.tlbmodel import TlbEntry, TlbModel
-from s2shadow.walker import LEAF_DTYPE, WALK_DTYPE, Walk, leaves, walk, walk_many
+from s2shadow.walker import (
+    LEAF_DTYPE,
+    WALK_DTYPE,
+    Walk,
+    WalkRequest,
+    WalkStep,
+    leaves,
+    walk,
+    walk_many,
+    walk_step,
+)
 
 __version__ = _version("s2shadow")
 
@@ -38,6 +50,7 @@ __all__ = [
     "FAULT_DTYPE",
     "HOST_LEAF_DTYPE",
     "HW_TLBI_DTYPE",
+    "INTERVAL_DTYPE",
     "LEAF_DTYPE",
     "REVERSE_DTYPE",
     "SHADOW_DTYPE",
@@ -65,9 +78,13 @@ __all__ = [
     "TlbiResult",
     "UndefinedInstruction",
     "Walk",
+    "WalkLevel",
+    "WalkRequest",
+    "WalkStep",
     "combine",
     "decode_tlbi",
     "leaves",
     "walk",
     "walk_many",
+    "walk_step",
 ]

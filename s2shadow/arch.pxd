@@ -13,6 +13,11 @@ cdef enum:
     PERM_ALL = 39               # READ | WRITE | EXEC | EXEC_EL0
 
 cdef enum:
+    SH_NSH = 0
+    SH_OSH = 2
+    SH_ISH = 3
+
+cdef enum:
     FINAL_LEVEL = 3
     LEVEL_STAGE2_OFF = -2       # guest level of a leaf made while L1's stage 2 was off
 
@@ -34,6 +39,7 @@ cdef enum:
 
 cdef extern from *:
     """
+    #include <stdint.h>
     #define S2_DESC_VALID    (UINT64_C(1) << 0)
     #define S2_DESC_TABLE    (UINT64_C(1) << 1)
     #define S2_DESC_S2AP_R   (UINT64_C(1) << 6)
@@ -46,6 +52,11 @@ cdef extern from *:
     #define S2_DESC_TAG      (UINT64_C(7) << 55)
     #define S2_DESC_HOST_W   (UINT64_C(1) << 58)
     #define S2_OA_48         UINT64_C(0x0000fffffffff000)
+    /* by XN << 2 | S2AP: 00 execute at both levels, 01 at EL0, 10 at none, 11 at EL1 */
+    static const uint8_t s2_perm_of_xn_s2ap[16] = { 36, 37, 38, 39, 32, 33, 34, 35, 0, 1, 2, 3, 4, 5, 6, 7 };
+    /* by access: READ and WRITE as they are, EXEC as that of the exception level */
+    static const uint8_t s2_need_of_access[32] = { 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 32, 33, 34, 35,
+                                                   0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 32, 33, 34, 35 };
     """
     const uint64_t DESC_VALID "S2_DESC_VALID"
     const uint64_t DESC_TABLE "S2_DESC_TABLE"       # table below level 3, page at level 3
@@ -62,6 +73,8 @@ cdef extern from *:
     # Software bit of shadow leaves: L1 maps the page as Device, so HCR_EL2.PTW refuses stage-1 walks there.
     const uint64_t DESC_GUEST_DEVICE "S2_DESC_HOST_W"
     const uint64_t OA_48 "S2_OA_48"
+    const uint8_t *PERM_OF_XN_S2AP "s2_perm_of_xn_s2ap"
+    const uint8_t *NEED_OF_ACCESS "s2_need_of_access"
 
 
 cdef inline int level_shift(int granule_bits, int level) noexcept nogil:
@@ -82,14 +95,54 @@ cdef inline int contiguous_bits(int granule_bits, int level) noexcept nogil:
     return 5 if level >= 2 else 0
 
 
-cdef inline bint is_block_level(int granule_bits, int level, bint ds, bint lpa) noexcept nogil:
-    if level == 2:
-        return True
-    if granule_bits == 12:
-        return level == 1 or (level == 0 and ds)
-    if granule_bits == 14:
-        return level == 1 and ds
-    return level == 1 and lpa
+# Where a descriptor holds its output address. ``wide``: 52 bits, by FEAT_LPA2 (4K, 16K: DS=1) or FEAT_LPA (64K).
+ctypedef struct oa_format_t:
+    uint64_t mask               # address bits that are in place
+    uint64_t high_mask          # address bits that move up by high_shift
+    uint8_t high_shift
+    uint8_t wide
+    uint8_t implies_sh          # no SH[1:0] in a leaf: VTCR_EL2.SH0 says it for all
+
+
+cdef inline void oa_format_init(oa_format_t *format, int granule_bits, bint wide) noexcept nogil:
+    format.mask = OA_48 & ~((<uint64_t>1 << granule_bits) - 1)
+    format.high_mask = 0
+    format.high_shift = 0
+    format.wide = wide
+    format.implies_sh = wide and granule_bits != 16
+    if format.implies_sh:
+        format.mask |= <uint64_t>3 << 48
+        format.high_mask = 0x300                    # OA[51:50] in bits 9:8
+        format.high_shift = 42
+    elif wide:
+        format.high_mask = 0xF000                   # OA[51:48] in bits 15:12
+        format.high_shift = 36
+
+
+cdef inline uint64_t decode_oa(const oa_format_t *format, uint64_t desc) noexcept nogil:
+    return (desc & format.mask) | (desc & format.high_mask) << format.high_shift
+
+
+cdef inline uint64_t encode_oa(const oa_format_t *format, uint64_t address) noexcept nogil:
+    return (address & format.mask) | (address >> format.high_shift & format.high_mask)
+
+
+cdef inline uint8_t decode_sh(const oa_format_t *format, uint64_t desc, uint8_t sh0) noexcept nogil:
+    return sh0 if format.implies_sh else <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+
+
+cdef inline int largest_leaf_level(int granule_bits, bint wide) noexcept nogil:
+    """Level of the largest block; every level from there to the last may hold leaves."""
+    cdef int level = 1 if granule_bits == 12 else 2
+    return level - 1 if wide else level
+
+
+cdef inline int leaf_level_within(int granule_bits, bint wide, uint64_t size) noexcept nogil:
+    """Level of the largest leaf that is not above ``size``; the last level if none is."""
+    cdef int level = largest_leaf_level(granule_bits, wide)
+    while level < FINAL_LEVEL and level_span(granule_bits, level) > size:
+        level += 1
+    return level
 
 
 cdef inline uint8_t fault_code(int base, int level) noexcept nogil:
@@ -105,15 +158,8 @@ cdef inline uint8_t fault_code(int base, int level) noexcept nogil:
 
 cdef inline uint8_t s2ap_xn_to_perm(uint64_t desc, bint xnx) noexcept nogil:
     """READ/WRITE/EXEC/EXEC_EL0 of a leaf; XN[0] is RES0 without FEAT_XNX."""
-    cdef uint8_t perm = <uint8_t>((desc >> DESC_S2AP_SHIFT) & 3)
-    cdef unsigned int xn = <unsigned int>((desc >> DESC_XN_SHIFT) & 3)
-    if not xnx:
-        xn &= 2
-    if xn == 0 or xn == 3:
-        perm |= ACCESS_EXEC
-    if xn == 0 or xn == 1:
-        perm |= PERM_EXEC_EL0
-    return perm
+    cdef uint64_t index = desc >> DESC_S2AP_SHIFT & 3 | desc >> (DESC_XN_SHIFT - 2) & 0xC
+    return PERM_OF_XN_S2AP[index if xnx else index & 0xB]
 
 
 cdef inline uint64_t perm_to_s2ap_xn(uint8_t perm, bint xnx) noexcept nogil:
@@ -132,12 +178,39 @@ cdef inline uint64_t perm_to_s2ap_xn(uint8_t perm, bint xnx) noexcept nogil:
     return bits | xn << DESC_XN_SHIFT
 
 
+cdef inline uint8_t base_perm(unsigned int code) noexcept nogil:
+    """READ/WRITE/EXEC/EXEC_EL0 of a stage-2 base permission (FEAT_S2PIE, S2PIR_EL2). 2, 3, 6 and 7 let the MMU write
+    too; that is not a permission of the leaf."""
+    cdef uint8_t perm = 0
+    if code == 4:
+        return ACCESS_WRITE
+    if code & 8 or code & 2:
+        perm = ACCESS_READ
+    if code & 8:
+        if code & 4:
+            perm |= ACCESS_WRITE
+        if code & 2:
+            perm |= ACCESS_EXEC
+        if code & 1:
+            perm |= PERM_EXEC_EL0
+    return perm
+
+
+cdef inline bint mostly_read_only(unsigned int code) noexcept nogil:
+    """Base permissions under which only the MMU writes, for its updates of stage-1 tables."""
+    return code & 0xA == 2
+
+
+cdef inline unsigned int base_perm_code(uint64_t s2pir, uint64_t desc) noexcept nogil:
+    """The base permission that PIIndex = {54, 53, 51, 6} names."""
+    cdef unsigned int index = <unsigned int>(desc >> 53 & 3) << 2 | <unsigned int>(desc >> 51 & 1) << 1
+    index |= <unsigned int>(desc >> 6 & 1)
+    return <unsigned int>(s2pir >> (4 * index) & 0xF)
+
+
 cdef inline uint8_t required_perm(uint8_t access) noexcept nogil:
     """The leaf permissions that an access needs, all at once."""
-    cdef uint8_t need = access & (ACCESS_READ | ACCESS_WRITE)
-    if access & ACCESS_EXEC:
-        need |= PERM_EXEC_EL0 if access & ACCESS_EL0 else ACCESS_EXEC
-    return need
+    return NEED_OF_ACCESS[access & 31]
 
 
 cdef inline bint memattr_is_device(uint8_t memattr, bint fwb) noexcept nogil:

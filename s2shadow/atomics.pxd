@@ -5,6 +5,11 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 cdef extern from *:
     """
     #include <stdint.h>
+    /* what only one thread can write just now: atomic for its readers, without a locked instruction */
+    static inline uint16_t s2_bump16(uint16_t *p, uint16_t v)
+    { uint16_t old = *p; __atomic_store_n(p, (uint16_t)(old + v), __ATOMIC_RELAXED); return old; }
+    static inline uint32_t s2_bump32(uint32_t *p, uint32_t v)
+    { uint32_t old = *p; __atomic_store_n(p, old + v, __ATOMIC_RELAXED); return old; }
     static inline uint64_t s2_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline uint64_t s2_peek64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static inline void s2_store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
@@ -34,5 +39,7 @@ cdef extern from *:
     uint32_t fetch_add32 "s2_add32"(uint32_t *address, uint32_t value) noexcept nogil
     uint16_t fetch_add16 "s2_add16"(uint16_t *address, uint16_t value) noexcept nogil
     uint8_t fetch_or8 "s2_or8"(uint8_t *address, uint8_t value) noexcept nogil
+    uint16_t bump16 "s2_bump16"(uint16_t *address, uint16_t value) noexcept nogil
+    uint32_t bump32 "s2_bump32"(uint32_t *address, uint32_t value) noexcept nogil
     void *load_pointer "s2_loadp"(void *const *address) noexcept nogil
     void store_pointer "s2_storep"(void **address, void *value) noexcept nogil

@@ -5,15 +5,20 @@ from libc.stdint cimport uint8_t, uint16_t
 
 from s2shadow.arch cimport (
     ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_S2AP_W,
-    DESC_SH_SHIFT, DESC_TABLE, DESC_TAG, DESC_VALID, DESC_XN, FINAL_LEVEL, OA_48, level_shift, level_span,
-    s2ap_xn_to_perm,
+    DESC_SH_SHIFT, DESC_TABLE, DESC_TAG, DESC_VALID, DESC_XN, FINAL_LEVEL, decode_oa, encode_oa, level_shift,
+    level_span, s2ap_xn_to_perm,
 )
 from s2shadow.context cimport same_key
 from s2shadow.dirty cimport is_logged
+from s2shadow.intervals cimport (
+    UNKNOWN_IPA, interval_t, intervals_bytes, intervals_find, intervals_known, intervals_start_of, intervals_t,
+)
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.rmap cimport HEAD_TAG, MARKER_BYTES, is_marker, known_head, link_next, link_prev, node_t
-from s2shadow.table cimport CANONICAL, GUEST_LEVELS, child_page, is_table, page_cost, page_t, table_find, table_t
-from s2shadow.vm cimport TEARDOWN_REVERSE_MAP, is_active, read_tag
+from s2shadow.table cimport (
+    CANONICAL, GUEST_LEVELS, child_page, is_table, page_cost, page_t, slot_ipa, table_find, table_t,
+)
+from s2shadow.vm cimport TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, is_active, read_tag
 
 RULES = (
     "no finding",
@@ -40,6 +45,9 @@ RULES = (
     "the bytes of the reverse map do not add up",
     "a slot was left locked",
     "a leaf has bits that the engine never writes",
+    "a live leaf is not covered by its context's interval map",
+    "a known range of an interval map is not a live leaf",
+    "the two directions of an interval map differ",
 )
 
 cdef enum:
@@ -66,6 +74,9 @@ cdef enum:
     R_RMAP_BYTES
     R_LOCKED
     R_STRAY
+    R_COVERED
+    R_KNOWN
+    R_DIRECTIONS
 
 # What the scan adds up.
 cdef struct totals_t:
@@ -102,9 +113,9 @@ cdef bint check_host_half(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t de
     if level < host_level:
         return found(finding, R_TOO_LARGE, slot, span, level_span(vm.arena.granule_bits, host_level))
     host_span = level_span(vm.arena.granule_bits, host_level)
-    pa = (host & OA_48 & ~(host_span - 1)) + (cipa & (host_span - 1))
-    if desc & OA_48 & ~(span - 1) != pa:
-        return found(finding, R_PA, slot, desc & OA_48 & ~(span - 1), pa)
+    pa = (decode_oa(&vm.arena.oa, host) & ~(host_span - 1)) + (cipa & (host_span - 1))
+    if decode_oa(&vm.arena.oa, desc) & ~(span - 1) != pa:
+        return found(finding, R_PA, slot, decode_oa(&vm.arena.oa, desc) & ~(span - 1), pa)
     if perm & ~s2ap_xn_to_perm(host, True):
         return found(finding, R_PERM, slot, perm, s2ap_xn_to_perm(host, True))
     if region == NULL or cipa + span > region.start + region.size or (region.readonly and perm & ACCESS_WRITE):
@@ -127,11 +138,13 @@ cdef uint64_t written_bits(const vm_t *vm, int level, bint canonical) noexcept n
     """The bits of a leaf that the engine may set: type, attributes, output address, software tag."""
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t allowed = DESC_VALID | DESC_AF | DESC_XN | (<uint64_t>0xF << DESC_MEMATTR_SHIFT)
-    allowed |= <uint64_t>3 << DESC_S2AP_SHIFT | <uint64_t>3 << DESC_SH_SHIFT
+    allowed |= <uint64_t>3 << DESC_S2AP_SHIFT
+    if not vm.arena.oa.implies_sh:
+        allowed |= <uint64_t>3 << DESC_SH_SHIFT
     allowed |= DESC_HOST_W if canonical else DESC_TAG | DESC_GUEST_DEVICE
     if level == FINAL_LEVEL:
         allowed |= DESC_TABLE
-    return allowed | (OA_48 & ~(span - 1))
+    return allowed | encode_oa(&vm.arena.oa, ~(span - 1))
 
 
 cdef bint check_bits(const vm_t *vm, uint32_t slot, uint64_t desc, int level, bint canonical,
@@ -202,7 +215,49 @@ cdef bint check_leaf(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, i
         return found(finding, R_GUEST_LEVEL, slot, tag, 0)
     if vm.teardown == TEARDOWN_REVERSE_MAP:
         return True                         # the host half is checked from the lists, which know the cIPA
-    return check_host_half(vm, view, slot, desc, vm.arena.links[slot], level, finding)
+    if not check_host_half(vm, view, slot, desc, vm.arena.links[slot], level, finding):
+        return False
+    return vm.teardown != TEARDOWN_INTERVAL_MAP or check_covered(vm, slot, level, finding)
+
+
+cdef bint check_covered(vm_t *vm, uint32_t slot, int level, finding_t *finding) noexcept nogil:
+    """A host change of any of its pages must find a leaf: by a range that is its own, or by one that costs the whole
+    context."""
+    cdef interval_t interval
+    cdef uint64_t cipa = vm.arena.links[slot], span = level_span(vm.arena.granule_bits, level)
+    cdef intervals_t *maps = vm.contexts[vm.arena.pages[slot >> vm.arena.slot_bits].context].intervals
+    if not intervals_find(maps, cipa, cipa + span, &interval):
+        return found(finding, R_COVERED, slot, 0, cipa)
+    if interval.ipa == UNKNOWN_IPA and interval.start <= cipa and cipa + span <= interval.end:
+        return True
+    if interval.ipa == slot_ipa(&vm.arena, slot) and interval.start == cipa and interval.end == cipa + span:
+        return True
+    return found(finding, R_COVERED, slot, interval.start, cipa)
+
+
+cdef bint check_intervals(vm_t *vm, const context_t *context, uint64_t *rmap_bytes, finding_t *finding) noexcept nogil:
+    """Every known range is one live leaf, in both directions."""
+    cdef interval_t interval
+    cdef uint64_t at = 0, known = 0
+    cdef uint32_t slot
+    cdef int level = 0
+    while intervals_find(context.intervals, at, ~<uint64_t>0, &interval):
+        at = interval.end
+        if interval.ipa == UNKNOWN_IPA:
+            continue
+        known += 1
+        slot = table_find(&vm.arena, &context.shadow, interval.ipa, &level)
+        if (not vm.arena.words[slot] & DESC_VALID or slot_ipa(&vm.arena, slot) != interval.ipa
+                or vm.arena.links[slot] != interval.start
+                or interval.end - interval.start != level_span(vm.arena.granule_bits, level)):
+            return found(finding, R_KNOWN, slot, interval.start, vm.arena.links[slot])
+        if intervals_start_of(context.intervals, interval.ipa) != interval.start:
+            return found(finding, R_DIRECTIONS, slot, intervals_start_of(context.intervals, interval.ipa),
+                         interval.start)
+    if known != intervals_known(context.intervals):
+        return found(finding, R_DIRECTIONS, 0, intervals_known(context.intervals), known)
+    rmap_bytes[0] += intervals_bytes(context.intervals)
+    return True
 
 
 cdef bint check_list(vm_t *vm, mem_view_t *view, uint32_t head, int level, uint64_t cipa, totals_t *totals,
@@ -313,6 +368,14 @@ cdef void check_vm(vm_t *vm, mem_view_t *view, finding_t *finding) noexcept nogi
             return
         rmap_bytes = (totals.inner_nodes * 2 + totals.leaf_nodes) * heads
         rmap_bytes += (totals.inner_nodes + totals.leaf_nodes) * sizeof(node_t) + totals.markers * MARKER_BYTES
+        if vm.arena.rmap_bytes != rmap_bytes:
+            found(finding, R_RMAP_BYTES, 0, vm.arena.rmap_bytes, rmap_bytes)
+            return
+    elif vm.teardown == TEARDOWN_INTERVAL_MAP:
+        rmap_bytes = 0
+        for i in range(vm.context_count):
+            if vm.contexts[i].generation and not check_intervals(vm, &vm.contexts[i], &rmap_bytes, finding):
+                return
         if vm.arena.rmap_bytes != rmap_bytes:
             found(finding, R_RMAP_BYTES, 0, vm.arena.rmap_bytes, rmap_bytes)
             return

@@ -1,6 +1,7 @@
 """The command line; each command is a module of ``s2shadow.commands``.
 
-Exit codes: 0 done, 1 a walk ended in a fault, 2 usage or bad input (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 1 a walk ended in a fault or two maps differ, 2 usage or bad input (one line on stderr), 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from s2shadow.commands import (
+    diff,
+    dump,
     replay,
     storm,
+    sweep,
     tlbi,
     walk,
 )
@@ -30,7 +34,10 @@ COMMANDS = (
     storm,
     replay,
     walk,
+    dump,
+    diff,
     tlbi,
+    sweep,
 )
 
 

@@ -20,4 +20,5 @@ def combine(
     guest_fwb: bool = False,
     host_fwb: bool = False,
     attributes: str = "architectural",
+    guest_cd: bool = False,
 ) -> Combined: ...

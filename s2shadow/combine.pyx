@@ -4,17 +4,14 @@ from collections import namedtuple
 
 from s2shadow.arch cimport (
     ACCESS_EXEC, DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_TABLE, DESC_TAG_SHIFT, DESC_VALID, FINAL_LEVEL,
-    LEVEL_STAGE2_OFF, PERM_EXEC_EL0, level_span, memattr_is_device, perm_to_s2ap_xn,
+    LEVEL_STAGE2_OFF, PERM_EXEC_EL0, SH_ISH, SH_NSH, SH_OSH, encode_oa, leaf_level_within, level_span,
+    memattr_is_device, oa_format_init, perm_to_s2ap_xn,
 )
+from s2shadow.config cimport features_t, fill_features
 from s2shadow.walker cimport Walk, walk_t
 from s2shadow.constants import perm_text, size_text
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, memattr_code, perm_mask
-
-cdef enum:
-    SH_NSH = 0
-    SH_OSH = 2
-    SH_ISH = 3
 
 cdef enum:
     HALF_NC = 1                 # inner or outer half of a Normal MemAttr without FWB
@@ -104,29 +101,37 @@ cdef uint8_t combine_shareability(uint8_t guest, uint8_t host, uint8_t memattr, 
     return SH_NSH
 
 
-cdef uint64_t leaf_desc(uint64_t pa, int level, uint8_t perm, uint8_t memattr, uint8_t sh, bint xnx) noexcept nogil:
+cdef void host_oa_format(const features_t *features, oa_format_t *oa) noexcept nogil:
+    """The host's own tables hold 52-bit addresses where the machine has them."""
+    oa_format_init(oa, features.host_granule_bits, features.pa_bits > 48)
+
+
+cdef uint64_t leaf_desc(const oa_format_t *oa, uint64_t pa, int level, uint8_t perm, uint8_t memattr, uint8_t sh,
+                        bint xnx) noexcept nogil:
     """A stage-2 leaf descriptor with the access flag set."""
-    cdef uint64_t desc = pa | DESC_VALID | DESC_AF | perm_to_s2ap_xn(perm, xnx)
-    desc |= <uint64_t>memattr << DESC_MEMATTR_SHIFT | <uint64_t>sh << DESC_SH_SHIFT
+    cdef uint64_t desc = encode_oa(oa, pa) | DESC_VALID | DESC_AF | perm_to_s2ap_xn(perm, xnx)
+    desc |= <uint64_t>memattr << DESC_MEMATTR_SHIFT
+    if not oa.implies_sh:
+        desc |= <uint64_t>sh << DESC_SH_SHIFT
     if level == FINAL_LEVEL:
         desc |= DESC_TABLE
     return desc
 
 
-cdef inline int widest_level(int granule_bits, uint64_t size) noexcept nogil:
-    """Level of the largest host leaf that is not above ``size``."""
-    if granule_bits == 12 and size >= level_span(12, 1):
-        return 1
-    return 2 if size >= level_span(granule_bits, 2) else 3
+cdef inline uint8_t without_cache(uint8_t code, bint fwb) noexcept nogil:
+    """What L1 maps as Normal is Non-cacheable under HCR_EL2.CD. That spares instruction fetches, but a shadow leaf
+    has one memory type for all: the stricter one."""
+    return code if memattr_is_device(code, fwb) else NC
 
 
 cdef void combine_leaves(const walk_t *guest, const host_leaf_t *host, const combine_rules_t *rules,
                          combined_t *out) noexcept nogil:
     """``guest.pa`` is the cIPA in question, also with stage 2 off (``guest.level`` says so)."""
     cdef uint64_t pa = host.pa + (guest.pa & (host.size - 1))
-    cdef uint8_t execute
+    cdef uint8_t execute, memattr
     out.guest_level = guest.level
-    out.level = <int8_t>widest_level(rules.granule_bits, guest.size if guest.size < host.size else host.size)
+    out.level = <int8_t>leaf_level_within(rules.granule_bits, rules.oa.wide,
+                                          guest.size if guest.size < host.size else host.size)
     out.size = level_span(rules.granule_bits, out.level)
     out.perm = guest.perm & host.perm
     execute = out.perm & (ACCESS_EXEC | PERM_EXEC_EL0)
@@ -139,29 +144,40 @@ cdef void combine_leaves(const walk_t *guest, const host_leaf_t *host, const com
         out.memattr = host.memattr
         out.sh = combine_shareability(SH_NSH, host.sh, host.memattr, rules.host_fwb)
     else:
-        out.memattr = combine_memattr(guest.memattr, host.memattr, rules.guest_fwb, rules.host_fwb)
+        memattr = without_cache(guest.memattr, rules.guest_fwb) if rules.guest_cd else guest.memattr
+        out.memattr = combine_memattr(memattr, host.memattr, rules.guest_fwb, rules.host_fwb)
         out.sh = combine_shareability(guest.sh, host.sh, out.memattr, rules.host_fwb)
-    out.desc = leaf_desc(pa & ~(out.size - 1), out.level, out.perm, out.memattr, out.sh, rules.xnx)
+    if rules.oa.implies_sh:
+        out.sh = SH_ISH                     # VTCR_EL2.SH0 of the host, for all leaves
+    out.desc = leaf_desc(&rules.oa, pa & ~(out.size - 1), out.level, out.perm, out.memattr, out.sh,
+                         rules.xnx)
     out.desc |= <uint64_t>(guest.level - LEVEL_STAGE2_OFF) << DESC_TAG_SHIFT
 
 
-def combine(guest, host, *, features=None, bint guest_fwb=False, bint host_fwb=False, attributes="architectural"):
+def combine(guest, host, *, features=None, bint guest_fwb=False, bint host_fwb=False, attributes="architectural",
+            bint guest_cd=False):
     """What the shadow leaf must be -> ``Combined``.
 
     ``guest`` is the ``Walk`` of L1's leaf, or None when L1's stage 2 is off. ``host`` is the ``Walk`` of the
     host's leaf at the guest's output address, or a ``HostMapping``. ``attributes``: ``"architectural"`` composes
-    memory type and shareability as three real stages would; ``"kvm72"`` ignores L1's, as Linux does. ``ValueError``
-    for a walk that faulted. Source: spec of the shadow leaf in Arm ARM terms, stage 1 and 2 attribute combining.
+    memory type and shareability as three real stages would; ``"kvm72"`` ignores L1's, as Linux does. ``guest_cd`` is
+    L1's HCR_EL2.CD: its Normal memory counts as Non-cacheable. With ``features.pa_bits`` of 52 the descriptor has the
+    host's 52-bit form; a 4K or 16K one has no SH then, and ``sh`` is inner shareable, the host's VTCR_EL2.SH0.
+    ``ValueError`` for a walk that faulted. Source: Arm ARM, combining of stage 1 and stage 2 attributes, twice.
     """
     cdef walk_t g
     cdef host_leaf_t h
+    cdef features_t f
     cdef combine_rules_t rules
     cdef combined_t out
     if features is None:
         features = Features()
     if attributes not in ("architectural", "kvm72"):
         raise ValueError(f"attributes must be 'architectural' or 'kvm72', got {attributes!r}")
-    rules.granule_bits = features.host_granule.bit_length() - 1
+    fill_features(features, &f)
+    host_oa_format(&f, &rules.oa)
+    rules.granule_bits = f.host_granule_bits
+    rules.guest_cd = guest_cd
     rules.xnx = features.xnx
     rules.guest_fwb = guest_fwb
     rules.host_fwb = host_fwb

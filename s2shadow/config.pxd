@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from s2shadow.arch cimport oa_format_t
+
 ctypedef struct features_t:
     uint8_t pa_bits
     uint8_t granules            # bit 0: 4K, bit 1: 16K, bit 2: 64K
@@ -22,18 +24,25 @@ ctypedef struct features_t:
 
 ctypedef struct s2_config_t:
     uint64_t base               # of the start table, aligned to its size
-    uint64_t oa_mask            # address bits of a descriptor that are in place
-    uint64_t oa_high_mask       # address bits that move up by oa_high_shift (FEAT_LPA, FEAT_LPA2)
+    oa_format_t oa
+    uint64_t output_mask        # the output addresses that PS and the features allow
+    uint64_t plain_mask         # bits of a descriptor that tell its type, or an address out of range or not in place
+    uint64_t index_mask         # of an entry in a table below the start
+    uint64_t sh_mask            # SH[1:0] in a leaf, or 0 where SH0 is implied,
+    uint64_t sh_implied         # which is this, in the same place
     uint64_t walk_vtcr          # the VTCR bits that change a walk, others zero: part of the context key
     uint64_t s2pir
     uint16_t vmid
-    uint8_t oa_high_shift
     uint8_t enabled             # HCR_EL2.VM or HCR_EL2.DC
+    uint8_t walkable            # stage 2 is on and its configuration legal
+    uint8_t plain               # and there is no rule but type, AF, output size and S2AP/XN: the walker's short way
     uint8_t granule_bits
+    uint8_t start_shift         # log2 of the span of an entry of the start table
     uint8_t ia_bits
     uint8_t oa_bits
     uint8_t pa_bits
     int8_t start_level
+    int8_t block_level          # of the largest block
     uint8_t concatenated_bits   # log2 of the start tables side by side
     uint8_t has_error
     uint8_t error_fsc
@@ -41,7 +50,7 @@ ctypedef struct s2_config_t:
     uint8_t ha
     uint8_t hd
     uint8_t ds
-    uint8_t lpa
+    uint8_t s2pie
     uint8_t sh0
     uint8_t xnx
     uint8_t fwb

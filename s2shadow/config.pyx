@@ -1,6 +1,6 @@
 """Stage-2 configuration as L1 programs it (spec 01, sections 1, 2 and 4)."""
 
-from s2shadow.arch cimport FSC_ADDRESS_SIZE, FSC_TRANSLATION, level_shift
+from s2shadow.arch cimport FSC_ADDRESS_SIZE, FSC_TRANSLATION, largest_leaf_level, level_shift, oa_format_init
 from s2shadow.arguments cimport as_u64
 from s2shadow.constants import HCR_VM, size_text
 from s2shadow.features import Features
@@ -110,12 +110,12 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     cdef uint64_t t0sz = field(vtcr, 0, 6)
     cdef uint64_t ps = field(vtcr, 16, 3)
     cdef int oa_cap, start, shift, table_bits
-    cdef bint wide_base
+    cdef bint wide_base, lpa
 
     config.enabled = (hcr & 1) != 0 or (hcr >> 12 & 1) != 0
     config.granule_bits = effective_granule_bits(features, field(vtcr, 14, 2))
     config.ds = features.lpa2 and config.granule_bits != 16 and field(vtcr, 32, 1) != 0
-    config.lpa = features.lpa and config.granule_bits == 16 and features.pa_bits >= 52
+    lpa = features.lpa and config.granule_bits == 16 and features.pa_bits >= 52
     config.ha = features.hafdbs >= 1 and field(vtcr, 21, 1) != 0
     config.hd = features.hafdbs >= 2 and config.ha and field(vtcr, 22, 1) != 0
     config.sh0 = <uint8_t>field(vtcr, 12, 2)
@@ -125,37 +125,39 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     config.cd = (hcr >> 32 & 1) != 0
     config.ptw = (hcr >> 2 & 1) != 0
     config.big_endian = big_endian
-    config.s2pir = s2pir if features.s2pie else 0
+    config.s2pie = features.s2pie and field(vtcr, 36, 1) != 0
+    config.s2pir = s2pir if config.s2pie else 0
     config.pa_bits = features.pa_bits
     config.vmid = decode_vmid(features, vttbr, vtcr)
     config.ia_bits = <uint8_t>(64 - t0sz)
-    oa_cap = 52 if config.ds or config.lpa else 48
+    oa_cap = 52 if config.ds or lpa else 48
     if features.pa_bits < oa_cap:
         oa_cap = features.pa_bits
     config.oa_bits = decode_ps(ps)
     if config.oa_bits > oa_cap:
         config.oa_bits = <uint8_t>oa_cap
 
-    config.oa_high_mask = 0
-    config.oa_high_shift = 0
-    config.oa_mask = ((<uint64_t>1 << 48) - 1) & ~((<uint64_t>1 << config.granule_bits) - 1)
-    if config.ds:
-        config.oa_mask |= <uint64_t>3 << 48
-        config.oa_high_mask = 0x300                 # OA[51:50] in bits 9:8
-        config.oa_high_shift = 42
-    elif config.lpa:
-        config.oa_high_mask = 0xF000                # OA[51:48] in bits 15:12
-        config.oa_high_shift = 36
+    config.block_level = <int8_t>largest_leaf_level(config.granule_bits, config.ds or lpa)
+    config.output_mask = (<uint64_t>1 << config.oa_bits) - 1
+    oa_format_init(&config.oa, config.granule_bits, config.ds or lpa)
+    config.plain_mask = 3 | config.oa.high_mask | config.oa.mask & ~config.output_mask
+    config.index_mask = (<uint64_t>1 << (config.granule_bits - 3)) - 1
+    config.sh_mask = 0 if config.oa.implies_sh else 0x300
+    config.sh_implied = <uint64_t>config.sh0 << 8 if config.oa.implies_sh else 0
 
-    # T0SZ, SL0, TG0, PS and what the features give a meaning: HA, HD, DS, SL2, and SH0 where it is the leaf's.
+    # T0SZ, SL0, TG0, PS and what the features give a meaning: HA, HD, DS, SL2, S2PIE, and SH0 where it is the leaf's.
     config.walk_vtcr = vtcr & 0x7C0FF
     config.walk_vtcr |= <uint64_t>config.ha << 21 | <uint64_t>config.hd << 22 | <uint64_t>config.ds << 32
+    config.walk_vtcr |= <uint64_t>config.s2pie << 36
     if config.ds:
         config.walk_vtcr |= vtcr & 0x3000
         if config.granule_bits == 12:
             config.walk_vtcr |= vtcr & (<uint64_t>1 << 33)
 
     config.has_error = 0
+    config.walkable = 0
+    config.plain = 0
+    config.start_shift = 0
     config.error_fsc = 0
     config.concatenated_bits = 0
     config.base = 0
@@ -174,15 +176,18 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     if config.ia_bits > shift + table_bits:
         config.concatenated_bits = <uint8_t>(config.ia_bits - shift - table_bits)
 
-    wide_base = config.ds or (config.lpa and ps >= 6)
+    wide_base = config.ds or (lpa and ps >= 6)
     if wide_base:
         config.base = (vttbr & 0xFFFFFFFFFFC0u) | field(vttbr, 2, 4) << 48
     else:
         config.base = vttbr & 0xFFFFFFFFFFFEu
     config.base &= ~((<uint64_t>1 << (config.ia_bits - shift + 3)) - 1)
+    config.start_shift = <uint8_t>shift
     if config.base >> config.oa_bits:
         config.has_error = 1
         config.error_fsc = FSC_ADDRESS_SIZE
+    config.walkable = config.enabled and not config.has_error
+    config.plain = config.walkable and not (config.s2pie or config.bbm or config.big_endian)
 
 
 cdef str fault_text(uint8_t fsc):
@@ -259,7 +264,38 @@ cdef class Stage2Config:
 
     @property
     def big_endian(self):
+        """Byte order of the tables: SCTLR_EL2.EE."""
         return bool(self.c.big_endian)
+
+    @property
+    def ds(self):
+        """VTCR_EL2.DS in effect: 52-bit addresses with a granule of 4K or 16K, and no SH in leaves."""
+        return bool(self.c.ds)
+
+    @property
+    def wide_output(self):
+        """Whether descriptors hold 52-bit addresses: FEAT_LPA2's form with DS, FEAT_LPA's with a 64K granule."""
+        return bool(self.c.oa.wide)
+
+    @property
+    def ha(self):
+        """VTCR_EL2.HA in effect: hardware sets the access flag."""
+        return bool(self.c.ha)
+
+    @property
+    def hd(self):
+        """VTCR_EL2.HD in effect: hardware manages dirty state."""
+        return bool(self.c.hd)
+
+    @property
+    def fwb(self):
+        """HCR_EL2.FWB in effect."""
+        return bool(self.c.fwb)
+
+    @property
+    def s2pie(self):
+        """VTCR_EL2.S2PIE in effect: permissions come from S2PIR_EL2."""
+        return bool(self.c.s2pie)
 
     @property
     def error(self):

@@ -1,10 +1,10 @@
-"""Names that users pass in and read out: access flags, fault kinds, HCR_EL2 bits."""
+"""Names that users pass in and read out: access flags, fault kinds, HCR_EL2 bits, teardown policies."""
 
 from enum import IntEnum, IntFlag
 
 __all__ = ["Access", "Kind", "HCR_VM", "HCR_PTW", "HCR_DC", "HCR_CD", "HCR_FWB",
            "READ", "WRITE", "EXEC", "EL0", "PTW", "EXEC_EL0",
-           "HIT", "MAPPED", "L1_FAULT", "HOST_FAULT", "MMIO", "RETRY", "NO_MEMORY", "MISS"]
+           "HIT", "MAPPED", "L1_FAULT", "HOST_FAULT", "MMIO", "RETRY", "NO_MEMORY", "MISS", "TEARDOWNS"]
 
 
 class Access(IntFlag):
@@ -40,6 +40,9 @@ HCR_PTW = 1 << 2
 HCR_DC = 1 << 12
 HCR_CD = 1 << 32
 HCR_FWB = 1 << 46
+
+# What ``NestedVM(teardown=…)`` and ``s2shadow storm --teardown`` accept.
+TEARDOWNS = ("reverse-map", "interval-map", "blow-away", "blow-away-lean")
 
 
 def perm_text(perm: int) -> str:

@@ -2,6 +2,7 @@
 
 from s2shadow.arch cimport FINAL_LEVEL
 from s2shadow.atomics cimport load64
+from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, visit_context, visit_init, visit_t
 from s2shadow.owed cimport owe_context, owed_begin, owed_end
 from s2shadow.table cimport arena_t, child_page, is_table, page_cost, page_t, table_init
@@ -45,11 +46,13 @@ cdef void empty_context(vm_t *vm, uint32_t index) noexcept nogil:
     cdef visit_t visit
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
     visit.budget = DROP_CHUNK
+    intervals_lose(vm.contexts[index].intervals)
     while not visit_context(vm, &vm.contexts[index], &visit):
         unlock(&vm.lock)
         sched_yield()
         lock_exclusive(&vm.lock)
         visit.budget = DROP_CHUNK
+    intervals_reset(vm.contexts[index].intervals)
 
 
 cdef void shape_context(vm_t *vm, uint32_t index, const s2_config_t *config) noexcept nogil:
@@ -65,6 +68,8 @@ cdef void shape_context(vm_t *vm, uint32_t index, const s2_config_t *config) noe
     context.rules.xnx = vm.features.xnx
     context.rules.guest_fwb = config.fwb
     context.rules.host_fwb = vm.features.fwb
+    context.rules.guest_cd = config.cd
+    context.rules.oa = vm.arena.oa
     context.rules.ignore_guest_attributes = vm.ignore_guest_attributes
 
 

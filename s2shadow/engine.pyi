@@ -13,6 +13,7 @@ from s2shadow.memory import GuestMemory
 FAULT_DTYPE: np.dtype[np.void]
 SHADOW_DTYPE: np.dtype[np.void]
 REVERSE_DTYPE: np.dtype[np.void]
+INTERVAL_DTYPE: np.dtype[np.void]
 HOST_LEAF_DTYPE: np.dtype[np.void]
 HW_TLBI_DTYPE: np.dtype[np.void]
 TLBI_OP_DTYPE: np.dtype[np.void]
@@ -78,6 +79,7 @@ class Stats:
     live: int
     invalidations: int
     kernel_steps: int
+    unknown_unmaps: int
     contexts_recycled: int
     evictions: int
     host_leaves: int
@@ -178,6 +180,7 @@ class NestedVM:
     def test_young(self, start: int, end: int) -> npt.NDArray[np.uint8]: ...
     def shadow(self, index: int) -> _Rows: ...
     def reverse(self, cipa: int) -> _Rows: ...
+    def intervals(self, index: int) -> _Rows: ...
     def tables(self, index: int | None = None) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]: ...
     def tlbi_many(self, ops: _Rows) -> npt.NDArray[np.uint64]: ...
     def take_tlbis(self, limit: int | None = None) -> _Rows: ...

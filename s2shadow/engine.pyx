@@ -6,18 +6,21 @@ from collections import namedtuple
 
 import numpy as np
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
-    DESC_AF, DESC_MEMATTR_SHIFT, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, OA_48, level_span,
-    s2ap_xn_to_perm,
+    DESC_AF, DESC_MEMATTR_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh,
+    largest_leaf_level, leaf_level_within, level_span, oa_format_t, s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport cas32, load64, store32
 from s2shadow.check cimport check_vm, finding_t
+from s2shadow.combine cimport host_oa_format
 from s2shadow.config cimport decode_config, fill_features, s2_config_t
 from s2shadow.context cimport context_acquire, context_entries, context_release, context_table_bytes
 from s2shadow.dirty cimport dirty_destroy, dirty_reserve
@@ -26,25 +29,29 @@ from s2shadow.host cimport (
     change_t, changed_since, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
     populate_block,
 )
+from s2shadow.intervals cimport (
+    UNKNOWN_IPA, interval_t, intervals_find, intervals_free, intervals_new, intervals_record, intervals_remove,
+)
 from s2shadow.leaf cimport find_cipa
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_begin, owed_destroy, owed_end, owed_init, owed_take
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
 from s2shadow.table cimport (
-    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, is_table, next_leaf, page_of, page_t,
+    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, forget_path, is_table, next_leaf, page_of, page_t,
     reserve_root, slot_ipa, table_find, table_init, table_t,
 )
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
-    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active, lock_exclusive, lock_shared,
-    overlaps_active, range_t, read_tag, rwlock_destroy, rwlock_init, unlock, vcpu_t, vm_t,
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, forget_guest_path,
+    forget_ways, is_active, lock_exclusive, lock_shared, overlaps_active, range_t, read_tag, rwlock_destroy,
+    rwlock_init, unlock, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
 from s2shadow.config import Stage2Config
-from s2shadow.constants import HCR_FWB, HCR_VM, Access, Kind, perm_text, size_text
+from s2shadow.constants import HCR_FWB, HCR_VM, TEARDOWNS, Access, Kind, perm_text, size_text
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear, memattr_code, perm_mask
 from s2shadow.tlbi import UndefinedInstruction, operation_name
@@ -58,6 +65,7 @@ SHADOW_DTYPE = np.dtype([("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "
 REVERSE_DTYPE = np.dtype([("ipa", "u8"), ("size", "u8"), ("context", "u2")], align=True)
 HOST_LEAF_DTYPE = np.dtype([("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("perm", "u1"), ("memattr", "u1")],
                            align=True)
+INTERVAL_DTYPE = np.dtype([("start", "u8"), ("end", "u8"), ("ipa", "u8"), ("unknown", "u1")], align=True)
 TLBI_OP_DTYPE = np.dtype([("vcpu", "u2"), ("flags", "u2"), ("insn", "u4"), ("xt", "u8"), ("vttbr", "u8"),
                           ("vtcr", "u8"), ("hcr", "u8")], align=True)
 HW_TLBI_DTYPE = np.dtype([("seq", "u8"), ("op", "u1"), ("host_vmid", "u2"), ("start", "u8"), ("end", "u8"),
@@ -95,8 +103,8 @@ cdef enum:
 
 TLBI_CLASSES = ("IPA", "RANGE", "VMALLS12", "ALL", "STAGE1")     # in the order of tlbi_class_t
 ARENA_BYTES = 1 << 34                 # 2^31 slots of 8 bytes
-TEARDOWNS = {"reverse-map": TEARDOWN_REVERSE_MAP, "blow-away": TEARDOWN_BLOW_AWAY,
-             "blow-away-lean": TEARDOWN_BLOW_AWAY_LEAN}
+TEARDOWN_CODES = dict(zip(TEARDOWNS, (TEARDOWN_REVERSE_MAP, TEARDOWN_INTERVAL_MAP, TEARDOWN_BLOW_AWAY,
+                                      TEARDOWN_BLOW_AWAY_LEAN), strict=True))
 
 
 class InvariantError(AssertionError):
@@ -172,6 +180,8 @@ class TlbiCounters(namedtuple("TlbiCounters", "operations contexts removed requi
 class Stats:
     """Counters of a ``NestedVM`` since it was made, and what it holds now (``live``, ``host_leaves``, ``*_bytes``).
 
+    ``kernel_steps``: steps that Linux would have made through the input space of contexts that it empties (the engine
+    makes none). ``unknown_unmaps``: contexts that a host change emptied since their interval map did not know better.
     ``tlbis`` has ``TlbiCounters`` by class of operation: IPA, RANGE, VMALLS12, ALL, STAGE1.
     """
 
@@ -191,6 +201,7 @@ class Stats:
     live: int
     invalidations: int
     kernel_steps: int
+    unknown_unmaps: int
     contexts_recycled: int
     evictions: int
     host_leaves: int
@@ -202,10 +213,11 @@ class Stats:
 
     @property
     def reverse_map_bytes_per_entry(self):
-        """Heads, links and radix nodes for each live leaf; 0 where there is none."""
+        """Heads, links and radix nodes, or nodes of the interval maps, for each live leaf; 0 where there is none."""
         return (self.link_bytes + self.rmap_bytes) / self.live if self.live else 0.0
 
 
+@cython.no_gc_clear  # dealloc needs mem to unpin it, in a cycle too (an embedder that has the engine and populates it)
 cdef class _Engine:
     """Owner of one ``vm_t``; what ``NestedVM``, its vCPUs and its host table share."""
 
@@ -219,6 +231,7 @@ cdef class _Engine:
     def __cinit__(self, GuestMemory mem not None, uint32_t vcpus, uint32_t contexts, features, teardown,
                   bint ignore_attributes, uint64_t max_bytes, uint64_t table_base, bint track):
         cdef uint32_t i
+        cdef oa_format_t oa
         self.mem = mem
         self.features = features
         memset(&self.vm, 0, sizeof(vm_t))
@@ -228,9 +241,11 @@ cdef class _Engine:
         self.vm.ignore_guest_attributes = ignore_attributes
         self.vm.context_count = contexts
         self.vm.vcpu_count = vcpus
-        if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, table_base,
+        host_oa_format(&self.vm.features, &oa)
+        if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, &oa, table_base,
                           <uint64_t>1 << self.vm.features.pa_bits, max_bytes):
             raise MemoryError("cannot reserve address space for the table arena")
+        self.vm.arena.alone = vcpus == 1
         self.vm.arena.keeps_links = self.vm.teardown == TEARDOWN_REVERSE_MAP
         self.vm.contexts = <context_t *>calloc(contexts, sizeof(context_t))
         self.vm.vcpus = <vcpu_t *>calloc(vcpus, sizeof(vcpu_t))
@@ -245,16 +260,25 @@ cdef class _Engine:
             self.vm.contexts[i].shadow.root = reserve_root(&self.vm.arena)
             if not self.vm.contexts[i].shadow.root:
                 raise MemoryError(f"no room for the roots of {contexts} contexts")
+            if self.vm.teardown == TEARDOWN_INTERVAL_MAP:
+                self.vm.contexts[i].intervals = intervals_new(&self.vm.arena)
+                if self.vm.contexts[i].intervals == NULL:
+                    raise MemoryError("cannot set up the interval maps")
         for i in range(vcpus):
             self.vm.vcpus[i].context = NO_CONTEXT
+            forget_path(&self.vm.vcpus[i].canonical_path)
         self.vm.dirty.input_bits = self.vm.features.pa_bits
         self.vm.dirty.page_bits = self.vm.features.host_granule_bits
         mem.pin(&self.view)
         self.pinned = True
 
     def __dealloc__(self):
+        cdef uint32_t i
         if self.pinned:
             self.mem.unpin()
+        if self.vm.contexts != NULL:
+            for i in range(self.vm.context_count):
+                intervals_free(self.vm.contexts[i].intervals)
         dirty_destroy(&self.vm.dirty)
         owed_destroy(&self.vm.owed)
         rmap_destroy(&self.vm.rmap)
@@ -299,9 +323,11 @@ cdef class _Engine:
         if policy is None:
             self.vm.populate = POPULATE_NONE
         elif isinstance(policy, Linear):
+            if policy.offset % self.page_size():
+                raise ValueError(f"offset {policy.offset:#x} is not aligned to the host page ({self.page_size()})")
+            self.vm.linear_level = self.level_of_block(policy.max_block)
             self.vm.linear_offset = policy.offset
             self.vm.linear_fresh = policy.fresh
-            self.vm.linear_level = self.level_of_block(policy.max_block)
             self.vm.populate = POPULATE_LINEAR
         elif callable(policy):
             self.vm.populate = POPULATE_CALLABLE
@@ -314,12 +340,9 @@ cdef class _Engine:
 
     cdef int level_of_block(self, uint64_t size) except -9:
         """Level of the largest host leaf not above ``size``."""
-        cdef int bits = self.vm.arena.granule_bits
         if size < self.page_size():
             raise ValueError(f"block size {size} is below the host page ({self.page_size()})")
-        if bits == 12 and size >= level_span(bits, 1):
-            return 1
-        return 2 if size >= level_span(bits, 2) else 3
+        return leaf_level_within(self.vm.arena.granule_bits, self.vm.arena.oa.wide, size)
 
     cdef int fill_attrs(self, object perm, object memattr, host_attrs_t *attrs) except -1:
         attrs.perm = perm_mask(perm)
@@ -359,12 +382,14 @@ cdef class _Engine:
         cdef change_t change
         cdef uint64_t dropped = 0, cipa, pa, size
         cdef bint mapped
+        cdef uint64_t largest = level_span(self.vm.arena.granule_bits,
+                                           largest_leaf_level(self.vm.arena.granule_bits, self.vm.arena.oa.wide))
         leaf_rows = self.captured_leaves(addresses, pages, vttbr, vtcr)
         for row in leaf_rows:
             cipa, pa, size = row["ipa"], row["pa"], row["size"]
             if (cipa + size) >> self.vm.features.pa_bits and cipa + size != 1 << self.vm.features.pa_bits:
                 raise ValueError(f"captured leaf at {cipa:#x} is beyond pa_bits={self.vm.features.pa_bits}")
-            if size > level_span(self.vm.arena.granule_bits, 1 if self.vm.arena.granule_bits == 12 else 2):
+            if size > largest:
                 raise ValueError(f"captured leaf of {size:#x} bytes at {cipa:#x} is larger than the host's blocks")
         change.ticket = self.vm.owed.seq
         for row in leaf_rows:
@@ -412,7 +437,7 @@ cdef class _Engine:
         cdef bint drop_partial
         self.check_range(start, end)
         if partial is None:
-            drop_partial = self.vm.teardown != TEARDOWN_REVERSE_MAP
+            drop_partial = self.vm.teardown in (TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN)
         elif partial in ("split", "drop"):
             drop_partial = partial == "drop"
         else:
@@ -484,7 +509,7 @@ cdef class _Engine:
                     break
                 desc = load64(self.vm.arena.words + slot)
                 span = level_span(self.vm.arena.granule_bits, level)
-                rows.append((at, desc & OA_48 & ~(span - 1), span, s2ap_xn_to_perm(desc, True),
+                rows.append((at, decode_oa(&self.vm.arena.oa, desc) & ~(span - 1), span, s2ap_xn_to_perm(desc, True),
                              desc >> DESC_MEMATTR_SHIFT & 0xF))
                 at += span
         finally:
@@ -501,16 +526,19 @@ cdef class _Engine:
                        context_entries(&self.vm, c), context_table_bytes(&self.vm, c), c.refs)
 
     cdef object vttbr_of(self, const table_t *table, host_vmid):
-        return self.vm.arena.table_base + (<uint64_t>table.root << self.vm.arena.granule_bits) | host_vmid << 48
+        """The table's address in VTTBR_EL2's form: bits 51:48 of a 52-bit one stand in 5:2."""
+        root = self.vm.arena.table_base + (<uint64_t>table.root << self.vm.arena.granule_bits)
+        return host_vmid << 48 | root & (1 << 48) - 1 | root >> 48 << 2
 
     cdef object vtcr_of(self, const table_t *table):
         """VTCR_EL2 under which another walker reads our tables: no hardware updates, inner shareable, write-back."""
         cdef int bits = self.vm.arena.granule_bits
         tg0 = {12: 0, 14: 2, 16: 1}[bits]
         sl0 = 2 - table.start_level if bits == 12 else 3 - table.start_level
-        ps = {32: 0, 36: 1, 40: 2, 42: 3, 44: 4, 48: 5}[self.vm.features.pa_bits]
-        return (64 - table.ia_bits | sl0 << 6 | 1 << 8 | 1 << 10 | 3 << 12 | tg0 << 14 | ps << 16
-                | self.vm.features.vmid16 << 19 | 1 << 31)
+        ps = {32: 0, 36: 1, 40: 2, 42: 3, 44: 4, 48: 5, 52: 6}[self.vm.features.pa_bits]
+        ds = self.vm.arena.oa.implies_sh
+        return (64 - table.ia_bits | sl0 << 6 | 1 << 8 | 1 << 10 | SH_ISH << 12 | tg0 << 14 | ps << 16
+                | self.vm.features.vmid16 << 19 | 1 << 31 | ds << 32)
 
     def contexts(self):
         cdef uint32_t i
@@ -560,11 +588,11 @@ cdef class _Engine:
         cdef uint64_t desc = load64(self.vm.arena.words + slot)
         row.ipa = ipa
         row.size = level_span(self.vm.arena.granule_bits, level)
-        row.pa = desc & OA_48 & ~(row.size - 1)
+        row.pa = decode_oa(&self.vm.arena.oa, desc) & ~(row.size - 1)
         row.desc = desc
         row.perm = s2ap_xn_to_perm(desc, True)
         row.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-        row.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+        row.sh = decode_sh(&self.vm.arena.oa, desc, SH_ISH)
         row.young = (desc & DESC_AF) != 0
         row.level = <int8_t>level
         row.guest_level = <int8_t>(<int>read_tag(desc) + LEVEL_STAGE2_OFF)
@@ -600,6 +628,23 @@ cdef class _Engine:
             rows = rows[(rows["cipa"] <= cipa) & (cipa < rows["cipa"] + rows["size"])]
             found += [(row["ipa"], row["size"], context.index) for row in rows]
         return np.array(found, dtype=REVERSE_DTYPE)
+
+    def intervals(self, index):
+        cdef interval_t found
+        cdef uint64_t at = 0
+        if self.vm.teardown != TEARDOWN_INTERVAL_MAP:
+            raise ValueError("there are interval maps only with teardown='interval-map'")
+        rows = []
+        with nogil:
+            lock_exclusive(&self.vm.lock)
+        try:
+            while intervals_find(self.context_at(index).intervals, at, ~<uint64_t>0, &found):
+                unknown = found.ipa == UNKNOWN_IPA
+                rows.append((found.start, found.end, 0 if unknown else found.ipa, unknown))
+                at = found.end
+        finally:
+            unlock(&self.vm.lock)
+        return np.array(rows, dtype=INTERVAL_DTYPE)
 
     cdef int collect_pages(self, uint32_t page, list into) except -1:
         cdef const page_t *meta = &self.vm.arena.pages[page]
@@ -668,6 +713,7 @@ cdef class _Engine:
             retries=kinds[5], no_memory=kinds[6], installed=installed,
             removed=removed, relaxed=relaxed, replaced=replaced, narrowed=self.vm.narrowed,
             live=installed - removed, invalidations=self.vm.invalidations, kernel_steps=self.vm.kernel_steps,
+            unknown_unmaps=self.vm.unknown_unmaps,
             contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
             table_bytes=tables, link_bytes=links,
             rmap_bytes=heads, memory_bytes=tables + links + heads,
@@ -733,6 +779,13 @@ cdef class _Engine:
         cdef int level = 0
         cdef uint32_t slot = table_find(&self.vm.arena, table, ipa, &level)
         self.vm.arena.words[slot] ^= flip
+
+    def _poke_interval(self, index, uint64_t ipa, uint64_t cipa, uint64_t size):
+        """Forget the range at ``ipa``, or record one of ``size`` there: for tests of ``check``."""
+        if size:
+            intervals_record(self.context_at(index).intervals, cipa, size, ipa)
+        else:
+            intervals_remove(self.context_at(index).intervals, ipa)
 
 
 cdef class HostStage2:
@@ -859,7 +912,8 @@ cdef class VCPU:
         if self.c.context == NO_CONTEXT:
             self.leave()
             raise RuntimeError(f"vCPU {self.index} has no context: load() it first")
-        self.engine.mem.refresh(&self.c.view)
+        if self.engine.mem.refresh(&self.c.view):
+            forget_guest_path(self.c)
         return 0
 
     cdef void leave(self) noexcept:
@@ -882,6 +936,7 @@ cdef class VCPU:
                     self.c.context = NO_CONTEXT
                 self.c.context = context_acquire(&self.engine.vm, &config, vttbr_, vtcr_)
                 self.c.config = config
+                forget_ways(self.c)
                 self.c.vttbr = vttbr_
                 self.c.vtcr = vtcr_
                 self.c.hcr = hcr_
@@ -1077,6 +1132,11 @@ cdef class NestedVM:
     ``mem`` stays in use as long as the VM lives. ``contexts`` is the size of the pool (None: 2 per vCPU).
     ``teardown``: what a host change does to the shadows: ``"reverse-map"`` drops exactly the leaves that map the
     range, ``"blow-away"`` every leaf of every context as Linux 7.2, ``"blow-away-lean"`` whole tables.
+    ``"interval-map"`` is what was proposed for Linux in 2026: each context has an ordered map from canonical ranges to
+    the nested range that maps them. Where two of its leaves overlap there (an alias, a page of a block mapped
+    elsewhere) it no longer knows, and a host change drops that whole context. The proposal is for removals only:
+    taking permissions (``protect``, dirty logging) narrows every leaf of every context, and ``age`` looks at the
+    host's leaves, both as under blow-away.
     ``tlbi``: ``"exact"`` removes what the architecture asks for, ``"kvm72"`` what Linux 7.2 removes.
     ``attributes``: ``"architectural"`` or ``"kvm72"`` (L1's memory attributes ignored). ``max_table_bytes`` bounds
     tables, links and heads: cold contexts and leaf tables are evicted. ``table_base`` is the simulated physical
@@ -1109,7 +1169,7 @@ cdef class NestedVM:
             raise ValueError(f"attributes must be 'architectural' or 'kvm72', got {attributes!r}")
         table_base = check_table_base(table_base, features)
         budget = table_budget(max_table_bytes, vcpus, contexts, features)
-        self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWNS[teardown], attributes == "kvm72", budget,
+        self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWN_CODES[teardown], attributes == "kvm72", budget,
                               table_base, track_tlbis)
         self.engine.vm.tlbi_kvm72 = tlbi == "kvm72"
         self.mem = mem
@@ -1166,6 +1226,13 @@ cdef class NestedVM:
         """Every shadow leaf that maps this host page: ``REVERSE_DTYPE`` array, sorted by context and IPA."""
         return self.engine.reverse(as_u64(cipa, "cipa"))
 
+    def intervals(self, index):
+        """A context's interval map, sorted: ``INTERVAL_DTYPE`` array of the canonical range [start, end) and the
+        ``ipa`` that maps its start; 0, and ``unknown`` 1, where that is not known any more. ``ValueError`` under
+        other policies.
+        """
+        return self.engine.intervals(index)
+
     def tables(self, index=None):
         """(addresses uint64[N], pages uint8[N, granule]) of a shadow, or of the canonical table for None."""
         return self.engine.tables(index)
@@ -1199,6 +1266,13 @@ cdef class NestedVM:
     def _poke(self, index, ipa, flip):
         self.engine._poke(index, ipa, flip)
 
+    def _state(self):
+        """The engine's ``vm_t``, as a capsule valid as long as this object: for ``s2shadow._floor``, which measures."""
+        return PyCapsule_New(&self.engine.vm, "s2shadow.vm_t", NULL)
+
+    def _poke_interval(self, index, ipa, cipa=0, size=0):
+        self.engine._poke_interval(index, ipa, cipa, size)
+
     def __repr__(self):
         return f"NestedVM({len(self.vcpus)} vCPUs, {len(self.contexts)} contexts, teardown={self.teardown!r})"
 
@@ -1206,8 +1280,11 @@ cdef class NestedVM:
 def check_features(features):
     if not isinstance(features, Features):
         raise TypeError(f"features must be a Features, got {type(features).__name__}")
-    if features.pa_bits > 48:
-        raise ValueError(f"an engine supports pa_bits up to 48, got {features.pa_bits}")
+    wide = features.lpa if features.host_granule == 65536 else features.lpa2
+    if features.pa_bits > 48 and not wide:
+        raise ValueError(f"pa_bits={features.pa_bits} with host_granule={features.host_granule} needs "
+                         f"{'lpa' if features.host_granule == 65536 else 'lpa2'}=True: the host's tables could not "
+                         "hold such addresses")
 
 
 def check_counts(vcpus, contexts, features):

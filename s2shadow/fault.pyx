@@ -7,30 +7,32 @@ populate) makes the fault start over. A step that only the exclusive side may do
 """
 
 from libc.stdint cimport int8_t, uint16_t, uint32_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
-    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT,
-    DESC_VALID, DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, OA_48, hpfar, level_span, memattr_is_device,
-    required_perm, s2ap_xn_to_perm,
+    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_GUEST_DEVICE, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_VALID,
+    DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh, encode_oa, hpfar,
+    level_span, memattr_is_device, required_perm, s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
 from s2shadow.host cimport grant_write, populate_linear
+from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
-from s2shadow.rmap cimport rmap_ensure, rmap_push, rmap_tidy
+from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
 from s2shadow.table cimport (
-    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, table_ensure, table_find, table_tidy,
+    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, slot_ipa, table_ensure, table_find, table_find_near,
+    table_tidy,
 )
 from s2shadow.vm cimport (
     FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY,
-    KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_REVERSE_MAP, context_t, fault_t, is_active,
-    lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
+    KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, combine_memo_t,
+    context_t, fault_t, is_active, lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
 )
-from s2shadow.walker cimport walk_stage2, walk_t
+from s2shadow.walker cimport walk_remembering, walk_t
 
 # How far an attempt to install a leaf got.
 ctypedef enum install_t:
@@ -56,28 +58,30 @@ cdef inline void describe_hit(const vm_t *vm, uint64_t desc, uint64_t ipa, int l
     out.perm = s2ap_xn_to_perm(desc, True)
     out.size = span
     out.cipa = block + (ipa & (span - 1))
-    out.pa = (desc & OA_48 & ~(span - 1)) + (ipa & (span - 1))
+    out.pa = (decode_oa(&vm.arena.oa, desc) & ~(span - 1)) + (ipa & (span - 1))
 
 
-cdef inline uint32_t shadow_leaf(const vm_t *vm, const context_t *context, uint64_t ipa, uint64_t *desc,
-                                 int *level) noexcept nogil:
-    """Slot of the live leaf for ``ipa``, or 0."""
+cdef inline uint32_t shadow_entry(const vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint64_t *desc,
+                                  int *level) noexcept nogil:
+    """Slot where the shadow's descent for ``ipa`` ends, and what stands there; 0 beyond its input size."""
+    cdef const context_t *context = &vm.contexts[vcpu.context]
     cdef uint32_t slot
+    desc[0] = 0
     if ipa >> context.shadow.ia_bits:
         return 0
-    slot = table_find(&vm.arena, &context.shadow, ipa, level)
+    slot = table_find_near(&vm.arena, &context.shadow, &vcpu.shadow_path, ipa, level)
     desc[0] = load64(vm.arena.words + slot)
-    return slot if desc[0] & DESC_VALID else 0
+    return slot
 
 
-cdef void begin_result(const vcpu_t *vcpu, uint64_t ipa, fault_t *out) noexcept nogil:
+cdef inline void begin_result(const vcpu_t *vcpu, uint64_t ipa, fault_t *out) noexcept nogil:
     memset(out, 0, sizeof(fault_t))
     out.context = <uint16_t>vcpu.context
     out.ipa = ipa
     out.hpfar = hpfar(ipa)
 
 
-cdef bint block_of(vm_t *vm, uint32_t slot, bint exclusive, uint64_t *block) noexcept nogil:
+cdef inline bint block_of(vm_t *vm, uint32_t slot, bint exclusive, uint64_t *block) noexcept nogil:
     """cIPA of a leaf's block; False if only the exclusive side can tell."""
     if shadow_cipa(vm, slot, block):
         return True
@@ -95,8 +99,8 @@ cdef step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, 
     cdef uint32_t slot
     begin_result(vcpu, ipa, out)
     out.kind = KIND_MISS
-    slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
-    if not slot or not desc & DESC_AF or not perm_allows(desc, required_perm(access)):
+    slot = shadow_entry(vm, vcpu, ipa, &desc, &level)
+    if not desc & DESC_VALID or not desc & DESC_AF or not perm_allows(desc, required_perm(access)):
         return STEP_DONE
     if device_walk_refused(vcpu, desc, access):
         return STEP_DONE
@@ -128,27 +132,21 @@ cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint
             at += 1
 
 
-cdef bint try_hit(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, step_t *step,
-                  fault_t *out) noexcept nogil:
-    """Answer from a live leaf, setting AF in shadow and host where it is clear; ``step`` says if that is all."""
-    cdef uint64_t desc = 0, block = 0
-    cdef int level = 0
-    cdef uint32_t slot = shadow_leaf(vm, &vm.contexts[vcpu.context], ipa, &desc, &level)
-    step[0] = STEP_DONE
-    if not slot or not perm_allows(desc, required_perm(access)) or device_walk_refused(vcpu, desc, access):
-        return False
+cdef inline step_t hit(vm_t *vm, uint32_t slot, uint64_t desc, int level, uint64_t ipa, bint exclusive,
+                       fault_t *out) noexcept nogil:
+    """Answer from a live leaf that allows the access, setting AF in shadow and host where it is clear."""
+    cdef uint64_t block = 0
     if not block_of(vm, slot, exclusive, &block):
-        step[0] = STEP_EXCLUSIVE
-        return True
+        return STEP_EXCLUSIVE
     describe_hit(vm, desc, ipa, level, block, out)
     if vm.active_count and is_active(vm, out.cipa):
         out.kind = KIND_RETRY
-        return True
+        return STEP_DONE
     if not desc & DESC_AF:
         fetch_or64(vm.arena.words + slot, DESC_AF)
         set_host_young(vm, out.cipa)
     out.kind = KIND_HIT
-    return True
+    return STEP_DONE
 
 
 cdef void set_host_young(vm_t *vm, uint64_t cipa) noexcept nogil:
@@ -165,7 +163,7 @@ cdef void stop_at_l1(const vcpu_t *vcpu, const walk_t *walked, fault_t *out) noe
     out.level = walked.level
 
 
-cdef bint is_mmio(const region_t *region, bint host_mapped, uint8_t access) noexcept nogil:
+cdef inline bint is_mmio(const region_t *region, bint host_mapped, uint8_t access) noexcept nogil:
     if region == NULL:
         return True
     if region.device:
@@ -173,16 +171,17 @@ cdef bint is_mmio(const region_t *region, bint host_mapped, uint8_t access) noex
     return region.readonly and access & ACCESS_WRITE
 
 
-cdef bint host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa,
-                        host_leaf_t *host) noexcept nogil:
+cdef inline bint host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t *region, uint64_t cipa,
+                               host_leaf_t *host) noexcept nogil:
     """The host's leaf, cut to what lies inside the region: its neighbours may be read-only or nothing at all. False
     where not even a page does."""
     cdef uint64_t block
     host.perm = s2ap_xn_to_perm(desc, True)
     host.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-    host.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+    host.sh = decode_sh(&vm.arena.oa, desc, SH_ISH)
+    host.level = <int8_t>level
     host.size = level_span(vm.arena.granule_bits, level)
-    host.pa = desc & OA_48 & ~(host.size - 1)
+    host.pa = decode_oa(&vm.arena.oa, desc) & ~(host.size - 1)
     if region.readonly:
         host.perm &= ~ACCESS_WRITE
     while True:
@@ -192,6 +191,7 @@ cdef bint host_leaf_for(const vm_t *vm, uint64_t desc, int level, const region_t
         if level == FINAL_LEVEL:
             return False
         level += 1
+        host.level = <int8_t>level
         host.pa += cipa & (host.size - 1) & ~(level_span(vm.arena.granule_bits, level) - 1)
         host.size = level_span(vm.arena.granule_bits, level)
 
@@ -202,15 +202,17 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     cdef walk_t walked
     cdef host_leaf_t host
     cdef const region_t *region
-    cdef uint64_t desc
-    cdef uint32_t slot
-    cdef int level = 0, populated
+    cdef uint64_t desc = 0
+    cdef uint32_t slot, shadow_slot
+    cdef int level = 0, shadow_level = 0, populated
     cdef uint8_t need = required_perm(access)
-    cdef step_t step = STEP_DONE
     begin_result(vcpu, ipa, out)
-    if try_hit(vm, vcpu, ipa, access, exclusive, &step, out):
-        return step
-    walk_stage2(&vcpu.view, &vcpu.config, ipa, access, True, &walked)
+    shadow_slot = shadow_entry(vm, vcpu, ipa, &desc, &shadow_level)
+    if desc & DESC_VALID:
+        if perm_allows(desc, need) and not device_walk_refused(vcpu, desc, access):
+            return hit(vm, shadow_slot, desc, shadow_level, ipa, exclusive, out)
+        shadow_slot = 0
+    walk_remembering(&vcpu.view, &vcpu.config, &vcpu.guest_path, ipa, access, &walked)
     if walked.updated:
         mark_dirty(&vm.dirty, walked.desc_addr)     # L0 wrote L1's memory: migration must see it
     if walked.status:
@@ -219,12 +221,14 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     out.cipa = walked.pa
     out.level = walked.level
     region = find_region(&vcpu.view, walked.pa)
+    if access & ACCESS_WRITE and not walked.perm & ACCESS_WRITE:
+        region = NULL                       # only the MMU may write there (FEAT_S2PIE): no shadow leaf can say so
     if region == NULL or walked.pa >> vm.canonical.ia_bits:
         out.kind = KIND_MMIO
         out.fsc = FSC_EXTERNAL_ABORT
         return STEP_DONE
     while True:
-        slot = table_find(&vm.arena, &vm.canonical, walked.pa, &level)
+        slot = table_find_near(&vm.arena, &vm.canonical, &vcpu.canonical_path, walked.pa, &level)
         desc = load64(vm.arena.words + slot)
         if is_mmio(region, desc & DESC_VALID != 0, access):
             out.kind = KIND_MMIO
@@ -257,33 +261,68 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
             return STEP_DONE
         if not grant_write(vm, walked.pa, exclusive):
             return STEP_EXCLUSIVE
-    return finish_fault(vm, vcpu, ipa, access, exclusive, &walked, &host, slot, out)
+    if exclusive:
+        shadow_slot = 0                     # tables may have gone since it was found
+    return finish_fault(vm, vcpu, ipa, access, exclusive, &walked, &host, slot, shadow_slot, shadow_level, out)
 
 
-cdef step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, walk_t *walked,
-                         host_leaf_t *host, uint32_t host_slot, fault_t *out) noexcept nogil:
-    """Both sides allow the access: combine and install."""
-    cdef context_t *context = &vm.contexts[vcpu.context]
+cdef inline void combine_remembering(const vm_t *vm, vcpu_t *vcpu, const walk_t *walked, const host_leaf_t *host,
+                                     combined_t *leaf) noexcept nogil:
+    """``combine_leaves``, or what it said last time where all that it looks at but the address is the same."""
+    cdef combine_memo_t *memo = &vcpu.memo
+    cdef const context_t *context
+    cdef uint64_t guest_key = 0, host_key, pa = host.pa + (walked.pa & (host.size - 1))
+    memcpy(&guest_key, &walked.level, 4)    # level, perm, memattr, sh
+    host_key = <uint64_t>1 << 32 | <uint64_t>host.perm | <uint64_t>host.memattr << 8 | <uint64_t>host.sh << 16
+    host_key |= <uint64_t>host.level << 24
+    if memo.guest == guest_key and memo.host == host_key:
+        leaf[0] = memo.leaf
+        leaf.desc |= encode_oa(&vm.arena.oa, pa & ~(leaf.size - 1))
+        return
+    context = &vm.contexts[vcpu.context]
+    combine_leaves(walked, host, &context.rules, leaf)
+    if walked.level != LEVEL_STAGE2_OFF and memattr_is_device(walked.memattr, vcpu.config.fwb):
+        leaf.desc |= DESC_GUEST_DEVICE
+    memo.guest = guest_key
+    memo.host = host_key
+    memo.leaf = leaf[0]
+    memo.leaf.desc &= ~encode_oa(&vm.arena.oa, ~<uint64_t>0)
+
+
+cdef inline step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive, walk_t *walked,
+                                host_leaf_t *host, uint32_t host_slot, uint32_t shadow_slot, int shadow_level,
+                                fault_t *out) noexcept nogil:
+    """Both sides allow the access: combine and install. ``shadow_slot``, where it is not 0, is the invalid entry that
+    the shadow's descent ended at."""
     cdef combined_t leaf
-    cdef install_t installed
-    cdef bint logged = is_logged(&vm.dirty, walked.pa)
-    cdef bint may_write = (host.perm & ACCESS_WRITE) != 0
+    cdef uint64_t block
+    cdef bint logged = is_logged(&vm.dirty, walked.pa), may_keep_write = False
     if logged:
+        may_keep_write = host.perm & walked.perm & ACCESS_WRITE
         if access & ACCESS_WRITE:
             mark_dirty(&vm.dirty, walked.pa)
         else:
             host.perm &= ~ACCESS_WRITE      # while a page is logged, W comes with a write only
     if not peek64(vm.arena.words + host_slot) & DESC_AF:
         fetch_or64(vm.arena.words + host_slot, DESC_AF)
-    combine_leaves(walked, host, &context.rules, &leaf)
-    if walked.level != LEVEL_STAGE2_OFF and memattr_is_device(walked.memattr, vcpu.config.fwb):
-        leaf.desc |= DESC_GUEST_DEVICE
+    combine_remembering(vm, vcpu, walked, host, &leaf)
+    block = walked.pa & ~(leaf.size - 1)
     out.size = leaf.size
     out.perm = leaf.perm
     out.pa = host.pa + (walked.pa & (host.size - 1))
+    if shadow_slot and shadow_level == leaf.level:
+        if fill_slot(vm, vcpu, shadow_slot, host_slot, block, &leaf, out) == INSTALL_DONE:
+            return STEP_DONE
+    return install_somehow(vm, vcpu, ipa, exclusive, host_slot, block, &leaf, may_keep_write, out)
+
+
+cdef step_t install_somehow(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, bint exclusive, uint32_t host_slot, uint64_t block,
+                            combined_t *leaf, bint may_keep_write, fault_t *out) noexcept nogil:
+    """Make tables, room or way for a leaf, as far as the side of the lock that is held allows."""
+    cdef context_t *context = &vm.contexts[vcpu.context]
+    cdef install_t installed
     while True:
-        installed = install_leaf(vm, vcpu, context, ipa, walked.pa & ~(leaf.size - 1), &leaf,
-                                 logged and may_write and walked.perm & ACCESS_WRITE != 0, exclusive, out)
+        installed = install_leaf(vm, vcpu, context, ipa, host_slot, block, leaf, may_keep_write, exclusive, out)
         if installed == INSTALL_DONE:
             return STEP_DONE
         if not exclusive:
@@ -291,14 +330,15 @@ cdef step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, b
         if installed == INSTALL_NO_MEMORY:
             tidy_tables(vm, vcpu, ipa)
             if vm.teardown == TEARDOWN_REVERSE_MAP:
-                rmap_tidy(&vm.rmap, walked.pa)
+                rmap_tidy(&vm.rmap, block)
             if not evict(vm, vcpu.context, ipa):
                 out.kind = KIND_NO_MEMORY
                 return STEP_DONE
 
 
-cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t ipa, uint64_t block, combined_t *leaf,
-                            bint may_keep_write, bint exclusive, fault_t *out) noexcept nogil:
+cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t ipa, uint32_t host_slot,
+                            uint64_t block, combined_t *leaf, bint may_keep_write, bint exclusive,
+                            fault_t *out) noexcept nogil:
     """Put the combined leaf for cIPA ``block`` where ``ipa`` is, whatever stands there."""
     cdef int level = 0
     cdef uint32_t slot
@@ -313,7 +353,7 @@ cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t
             sched_yield()                   # another thread is putting a leaf here
             continue
         if not desc & DESC_VALID:
-            filled = fill_slot(vm, vcpu, slot, block, leaf, out)
+            filled = fill_slot(vm, vcpu, slot, host_slot, block, leaf, out)
             if filled == INSTALL_AGAIN:
                 continue
             return filled
@@ -332,23 +372,31 @@ cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t
             drop_leaf(vm, slot)
 
 
-cdef install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint64_t block, combined_t *leaf,
-                         fault_t *out) noexcept nogil:
+cdef inline install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint32_t host_slot, uint64_t block,
+                                combined_t *leaf, fault_t *out) noexcept nogil:
     """Install into an invalid slot. It is locked while the links are set, so that a hit always finds its head."""
     cdef uint64_t seen = 0
     cdef uint32_t head
     if not links_ensure(&vm.arena, slot):
         return INSTALL_NO_MEMORY
-    if not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
+    if vm.arena.alone:
+        if peek64(vm.arena.words + slot):
+            return INSTALL_AGAIN
+    elif not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
         return INSTALL_AGAIN
     if vm.teardown == TEARDOWN_REVERSE_MAP:
-        head = rmap_ensure(&vm.rmap, block, leaf.level)
+        head = rmap_head_near(&vm.rmap, &vm.arena.pages[page_of(&vm.arena, host_slot)], host_slot, block, leaf.level)
         if not head:
             store64(vm.arena.words + slot, 0)
             return INSTALL_NO_MEMORY
         rmap_push(&vm.rmap, head, slot)
     else:
         vm.arena.links[slot] = block
+        if (vm.teardown == TEARDOWN_INTERVAL_MAP
+                and not intervals_record(vm.contexts[vcpu.context].intervals, block, leaf.size,
+                                         slot_ipa(&vm.arena, slot))):
+            store64(vm.arena.words + slot, 0)
+            return INSTALL_NO_MEMORY
     leaf_added(&vm.arena, slot, leaf.guest_level - LEVEL_STAGE2_OFF)
     store64(vm.arena.words + slot, leaf.desc)
     vcpu.installed += 1

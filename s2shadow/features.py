@@ -44,6 +44,8 @@ class Features:
             raise ValueError(f"hafdbs must be 0, 1 or 2, got {self.hafdbs!r}")
         if self.vmid_bits not in (8, 16):
             raise ValueError(f"vmid_bits must be 8 or 16, got {self.vmid_bits!r}")
+        if self.s2pie and not self.xnx:
+            raise ValueError("s2pie=True needs xnx=True: base permissions tell EL1 and EL0 execution apart")
         if self.granules is None:
             granules = tuple(g for g in GRANULES if g >= self.host_granule)
         else:

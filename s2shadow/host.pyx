@@ -2,12 +2,17 @@
 
 Long removals work in chunks: their range is registered, faults in it answer RETRY, and the lock is let go between
 chunks. What changes one host leaf at a time is whole at every moment and needs no registration.
+
+What each policy does with the shadows: with the reverse map, only leaves over the range are touched. An interval map
+finds the leaves to remove, and knows no more than that: like Linux, which the proposal leaves as it is there, taking
+permissions narrows every leaf of every context, and aging looks at the host's leaves. Without either, removing too is
+done to every leaf.
 """
 
 
 from s2shadow.arch cimport (
-    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_SH_SHIFT, DESC_VALID, FINAL_LEVEL,
-    OA_48, PERM_ALL, level_span, s2ap_xn_to_perm,
+    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_VALID, FINAL_LEVEL, PERM_ALL, SH_ISH,
+    decode_oa, decode_sh, largest_leaf_level, leaf_level_within, level_span, s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport fetch_or64, load64, store64
 from s2shadow.combine cimport leaf_desc
@@ -21,17 +26,21 @@ from s2shadow.table cimport (
     arena_has_room, leaf_added, leaf_removed, next_leaf, split_block, table_ensure, table_find, table_tidy,
 )
 from s2shadow.vm cimport (
-    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_REVERSE_MAP, kernel_steps_per_context,
-    lock_exclusive, overlaps_active, range_t, sched_yield, unlock, vm_t,
+    ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP,
+    kernel_steps_per_context, lock_exclusive, overlaps_active, range_t, sched_yield, unlock, vm_t,
 )
 
 cdef enum:
-    SH_ISH = 3
     LOG_CHUNK_PAGES = 4096      # host pages whose logging is switched in one exclusive section
 
 
 cdef inline bint has_reverse_map(const vm_t *vm) noexcept nogil:
     return vm.teardown == TEARDOWN_REVERSE_MAP
+
+
+cdef inline bint drops_by_range(const vm_t *vm) noexcept nogil:
+    """Whether a removal finds its leaves; else it takes all."""
+    return vm.teardown == TEARDOWN_REVERSE_MAP or vm.teardown == TEARDOWN_INTERVAL_MAP
 
 
 cdef inline uint8_t granted_perm(uint64_t desc) noexcept nogil:
@@ -109,7 +118,7 @@ cdef void forget_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
 
 cdef void drop_shadows_at_once(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
     cdef visit_t visit
-    if not has_reverse_map(vm):
+    if not drops_by_range(vm):
         drop_everything(vm)
         return
     visit_init(&visit, OP_DROP, start, end)
@@ -197,7 +206,7 @@ cdef bint unmap_chunk(vm_t *vm, uint64_t start, uint64_t end, bint chunked, chan
     cdef visit_t visit
     cdef uint64_t before
     cdef bint complete = True, widened = False
-    if has_reverse_map(vm):
+    if drops_by_range(vm):
         visit_init(&visit, OP_DROP, start, end)
         if chunked:
             visit.budget = DROP_CHUNK
@@ -231,7 +240,7 @@ cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial
     if drop_partial:
         start = widen_start(vm, start)
         end = widen_end(vm, end)
-    if not has_reverse_map(vm):
+    if not drops_by_range(vm):
         count_kernel_steps(vm)
         change.dropped += drop_everything(vm)
         chunked = False                     # a fault between chunks would have to be swept up again
@@ -255,7 +264,7 @@ cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, 
 
 cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const host_attrs_t *attrs) noexcept nogil:
     """A canonical leaf; W is withheld while any page under it is logged."""
-    cdef uint64_t desc = leaf_desc(pa, level, attrs.perm, attrs.memattr, attrs.sh, vm.features.xnx)
+    cdef uint64_t desc = leaf_desc(&vm.arena.oa, pa, level, attrs.perm, attrs.memattr, attrs.sh, vm.features.xnx)
     if not attrs.young:
         desc &= ~DESC_AF
     if attrs.perm & ACCESS_WRITE:
@@ -265,19 +274,10 @@ cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const h
     return desc
 
 
-cdef inline bint is_leaf_level(int granule_bits, int level) noexcept nogil:
-    return level >= 2 or (granule_bits == 12 and level == 1)
-
-
 cdef int best_level(const vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block) noexcept nogil:
     """Level of the largest leaf that is aligned at both addresses and fits."""
-    cdef int level = 1
-    cdef uint64_t span
-    while level < FINAL_LEVEL:
-        span = level_span(vm.arena.granule_bits, level)
-        if (is_leaf_level(vm.arena.granule_bits, level) and span <= size and span <= max_block
-                and not (cipa | pa) & (span - 1)):
-            break
+    cdef int level = leaf_level_within(vm.arena.granule_bits, vm.arena.oa.wide, size if size < max_block else max_block)
+    while level < FINAL_LEVEL and (cipa | pa) & (level_span(vm.arena.granule_bits, level) - 1):
         level += 1
     return level
 
@@ -304,9 +304,9 @@ cdef bint same_mapping(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, cons
         desc = load64(vm.arena.words + slot)
         if not desc & DESC_VALID or granted_perm(desc) != attrs.perm:
             return False
-        if desc >> DESC_MEMATTR_SHIFT & 0xF != attrs.memattr or desc >> DESC_SH_SHIFT & 3 != attrs.sh:
+        if desc >> DESC_MEMATTR_SHIFT & 0xF != attrs.memattr or decode_sh(&vm.arena.oa, desc, SH_ISH) != attrs.sh:
             return False
-        if (desc & OA_48) + (at & (level_span(vm.arena.granule_bits, level) - 1)) != pa + (at - cipa):
+        if decode_oa(&vm.arena.oa, desc) + (at & (level_span(vm.arena.granule_bits, level) - 1)) != pa + (at - cipa):
             return False
         at = (at & ~(level_span(vm.arena.granule_bits, level) - 1)) + level_span(vm.arena.granule_bits, level)
     return True
@@ -316,11 +316,11 @@ cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_
     """Evict shadows until the tables that a mapping may need fit under the bound; False if they cannot."""
     cdef int granule_bits = vm.arena.granule_bits
     cdef uint64_t pages = 0, span
-    cdef int level
+    cdef int level, largest = largest_leaf_level(granule_bits, vm.arena.oa.wide)
     for level in range(vm.canonical.start_level, FINAL_LEVEL):
         span = level_span(granule_bits, level)
         pages += 2                          # at the two ends
-        if not is_leaf_level(granule_bits, level) or span > max_block or (cipa ^ pa) & (span - 1):
+        if level < largest or span > max_block or (cipa ^ pa) & (span - 1):
             pages += size / span
     while not arena_has_room(&vm.arena, pages):
         if not evict(vm, NO_CONTEXT, 0):
@@ -390,7 +390,7 @@ cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexce
     if level < vm.linear_level:
         level = vm.linear_level
     for at in range(level, FINAL_LEVEL + 1):
-        if not is_leaf_level(vm.arena.granule_bits, at):
+        if at < largest_leaf_level(vm.arena.granule_bits, vm.arena.oa.wide):
             continue
         span = level_span(vm.arena.granule_bits, at)
         block = cipa & ~(span - 1)
@@ -423,7 +423,8 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
             return True
         span = level_span(vm.arena.granule_bits, level)
         block = cipa & ~(span - 1)
-        drop_sticking_out(vm, block, block + span, block, block + span / (<uint64_t>1 << vm.arena.slot_bits))
+        # a leaf over the first byte that sticks out of the first piece is as large as the whole
+        drop_sticking_out(vm, block, block + 1, block + span / (<uint64_t>1 << vm.arena.slot_bits))
         note_change(vm, block, block + span)
         if not split_host_block(vm, slot, level):
             drop_shadows_at_once(vm, block, block + span)
@@ -431,20 +432,17 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
             return False
 
 
-cdef void drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t inside_start,
-                            uint64_t inside_end) noexcept nogil:
-    """Drop shadow leaves over [start, end) that are larger than [inside_start, inside_end)."""
+cdef uint64_t drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t whole_end) noexcept nogil:
+    """Drop the shadow leaves over [start, end) that stick out of [start, whole_end); how many."""
     cdef visit_t visit
-    if not has_reverse_map(vm):
-        drop_everything(vm)
-        return
-    # A leaf that sticks out of the first piece and overlaps its start is as large as the whole.
-    visit_init(&visit, OP_NARROW, inside_start, inside_start + 1)
-    visit.whole_start = inside_start
-    visit.whole_end = inside_end
+    if not drops_by_range(vm):
+        return drop_everything(vm)
+    visit_init(&visit, OP_NARROW, start, end)
+    visit.whole_end = whole_end
     visit.keep_perm = PERM_ALL
     visit.drop_sticking_out = 1
     visit_canonical(vm, &visit)
+    return visit.dropped
 
 
 cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
@@ -498,17 +496,13 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t first = block if block > start else start
     cdef uint64_t last = block + span if block + span < end else end
-    cdef uint64_t desc = load64(vm.arena.words + slot), dropped, changed
+    cdef uint64_t desc = load64(vm.arena.words + slot), changed
     cdef uint8_t old = granted_perm(desc)
     cdef host_attrs_t attrs
     if old == perm:
         return block + span
     if last - first < span:
-        if has_reverse_map(vm):
-            narrow_shadows(vm, first, last, PERM_ALL, True, change)
-        else:
-            dropped = drop_everything(vm)
-            change.dropped += dropped
+        change.dropped += drop_sticking_out(vm, first, last, last)
         if not split_at(vm, first) or not split_at(vm, last):
             drop_shadows_at_once(vm, block, block + span)
             remove_host_leaves(vm, block, block + span)
@@ -517,9 +511,9 @@ cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, u
     narrow_shadows(vm, first, last, perm, True, change)
     attrs.perm = perm
     attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-    attrs.sh = <uint8_t>(desc >> DESC_SH_SHIFT & 3)
+    attrs.sh = decode_sh(&vm.arena.oa, desc, SH_ISH)
     attrs.young = (desc & DESC_AF) != 0
-    changed = host_desc(vm, block, desc & OA_48, level, &attrs)
+    changed = host_desc(vm, block, decode_oa(&vm.arena.oa, desc), level, &attrs)
     if perm & ACCESS_WRITE:
         changed |= desc & DESC_S2AP_W       # W that a write has earned stays: the page is marked
     store64(vm.arena.words + slot, changed)

@@ -7,6 +7,9 @@ from s2shadow.arch cimport (
     s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport load32, load64, store64
+from s2shadow.intervals cimport (
+    UNKNOWN_IPA, interval_t, intervals_empty, intervals_find, intervals_lose, intervals_remove, intervals_reset,
+)
 from s2shadow.owed cimport owe_context, owe_leaf
 from s2shadow.rmap cimport (
     head_cipa, is_marker, known_head, leaf_cipa, link_next, link_prev, node_t, pin_node, rmap_is_empty, rmap_mark,
@@ -14,9 +17,12 @@ from s2shadow.rmap cimport (
 )
 from s2shadow.table cimport (
     CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaf_removed, page_of, page_t, pin_page,
-    slot_ipa, unpin_page,
+    slot_ipa, table_find, unpin_page,
 )
-from s2shadow.vm cimport TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_REVERSE_MAP, context_t, read_tag, vm_t
+from s2shadow.vm cimport (
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, kernel_steps_per_context, read_tag,
+    vm_t,
+)
 
 
 cdef void visit_init(visit_t *visit, leaf_op_t op, uint64_t start, uint64_t end) noexcept nogil:
@@ -57,7 +63,7 @@ cdef inline int leaf_level(const vm_t *vm, uint32_t slot) noexcept nogil:
 
 
 cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
-    """Remove one live leaf from its table, its list and the counts."""
+    """Remove one live leaf from its table, its list or map, and the counts."""
     cdef uint64_t desc = load64(vm.arena.words + slot), ipa = slot_ipa(&vm.arena, slot)
     cdef const page_t *page = &vm.arena.pages[page_of(&vm.arena, slot)]
     cdef uint32_t context = page.context
@@ -65,6 +71,8 @@ cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
     cdef bint table_freed
     if vm.teardown == TEARDOWN_REVERSE_MAP:
         rmap_unlink(&vm.rmap, slot)
+    elif vm.teardown == TEARDOWN_INTERVAL_MAP:
+        intervals_remove(vm.contexts[context].intervals, ipa)
     table_freed = leaf_removed(&vm.arena, slot, <int>read_tag(desc))
     owe_leaf(&vm.owed, context, ipa, ipa + level_span(vm.arena.granule_bits, level), level, table_freed)
     vm.removed += 1
@@ -179,11 +187,36 @@ cdef bint visit_node(vm_t *vm, uint32_t node, visit_t *visit) noexcept nogil:
 cdef bint visit_canonical(vm_t *vm, visit_t *visit) noexcept nogil:
     """Every shadow leaf, of any context, that overlaps [start, end) of cIPA; False when the budget is spent.
 
-    Costs the leaves it meets and the nodes that are there. Reverse map only.
+    With the reverse map it costs the leaves it meets and the nodes that are there; see ``visit_intervals`` for the
+    interval map. The other policies cannot do it.
     """
-    if visit.start >= visit.end or rmap_is_empty(&vm.rmap):
+    if visit.start >= visit.end:
         return True
-    return visit_node(vm, vm.rmap.root, visit)
+    if vm.teardown == TEARDOWN_INTERVAL_MAP:
+        return visit_intervals(vm, visit)
+    return rmap_is_empty(&vm.rmap) or visit_node(vm, vm.rmap.root, visit)
+
+
+cdef bint visit_intervals(vm_t *vm, visit_t *visit) noexcept nogil:
+    """The interval maps of all contexts, one after the other. Leaves of known ranges are visited as ever; where the
+    range is UNKNOWN its whole context goes, in one section and beside the budget, as it does in Linux."""
+    cdef interval_t found
+    cdef context_t *context
+    cdef uint64_t at
+    cdef uint32_t i
+    cdef int level = 0
+    for i in range(vm.context_count):
+        context = &vm.contexts[i]
+        at = visit.start
+        while intervals_find(context.intervals, at, visit.end, &found):
+            at = found.end
+            if found.ipa == UNKNOWN_IPA:
+                vm.kernel_steps += kernel_steps_per_context(vm)
+                vm.unknown_unmaps += 1
+                visit.dropped += empty_whole(vm, i)
+            elif not visit_leaf(vm, table_find(&vm.arena, &context.shadow, found.ipa, &level), visit, found.start):
+                return False
+    return True
 
 
 cdef bint holds_any(const page_t *page, uint8_t tags) noexcept nogil:
@@ -254,7 +287,10 @@ cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept n
 
 
 cdef bint is_empty(const vm_t *vm, const context_t *context) noexcept nogil:
+    """Whether a context has neither leaves nor ranges, of which UNKNOWN ones may outlive their leaves."""
     cdef uint32_t i
+    if not intervals_empty(context.intervals):
+        return False
     for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
         if vm.arena.pages[context.shadow.root + i].live:
             return False
@@ -315,12 +351,16 @@ cdef uint64_t drop_everything(vm_t *vm) noexcept nogil:
     return vm.removed - before
 
 
-cdef void empty_whole(vm_t *vm, uint32_t index) noexcept nogil:
-    """Evict a whole context."""
+cdef uint64_t empty_whole(vm_t *vm, uint32_t index) noexcept nogil:
+    """Drop every leaf of a context in this section; how many there were."""
+    cdef context_t *context = &vm.contexts[index]
     cdef visit_t visit
     owe_context(&vm.owed, index)
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
-    visit_context(vm, &vm.contexts[index], &visit)
+    intervals_lose(context.intervals)
+    visit_context(vm, context, &visit)
+    intervals_reset(context.intervals)
+    return visit.dropped
 
 
 cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:

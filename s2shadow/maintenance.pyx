@@ -14,6 +14,7 @@ from libc.string cimport memset
 from s2shadow.arch cimport DESC_VALID, LEVEL_STAGE2_OFF, level_shift, level_span
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport decode_vmid
+from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, is_empty, visit_context, visit_init, visit_t
 from s2shadow.owed cimport (
     CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
@@ -25,8 +26,8 @@ from s2shadow.tlbi cimport (
     tlbi_decode, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
-    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, context_t, kernel_steps_per_context,
-    lock_exclusive, read_tag, sched_yield, tlbi_class_t, unlock,
+    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, context_t, forget_guest_path,
+    kernel_steps_per_context, lock_exclusive, read_tag, sched_yield, tlbi_class_t, unlock,
 )
 
 cdef enum:
@@ -51,12 +52,15 @@ cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept no
 
 
 cdef void drop_whole(vm_t *vm, uint32_t index, tlbi_result_t *result) noexcept nogil:
+    cdef context_t *context = &vm.contexts[index]
     cdef visit_t visit
-    if is_empty(vm, &vm.contexts[index]):
+    if is_empty(vm, context):
         return
     owe_context(&vm.owed, index)
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
-    drop_chunked(vm, &vm.contexts[index], &visit)
+    intervals_lose(context.intervals)
+    if drop_chunked(vm, context, &visit):
+        intervals_reset(context.intervals)
     result.removed += visit.dropped
     result.required += visit.dropped
 
@@ -155,12 +159,23 @@ cdef bint exact_granule(const tlbi_t *tlbi, const context_t *context) noexcept n
     return not tlbi.granule_bits or tlbi.granule_bits == context.config.granule_bits
 
 
+cdef void forget_guest_tables(vm_t *vm, const tlbi_t *tlbi, uint16_t vmid) noexcept nogil:
+    """What vCPUs remember of L1's tables is a walk cache: last-level forms keep it, all others drop it."""
+    cdef uint32_t i
+    if tlbi.op.last_level or tlbi.names_nothing:
+        return
+    for i in range(vm.vcpu_count):
+        if tlbi.op.scope == SCOPE_ALL or vm.vcpus[i].config.vmid == vmid:
+            forget_guest_path(&vm.vcpus[i])
+
+
 cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_t *exact, const tlbi_regs_t *regs,
                        tlbi_result_t *result) noexcept nogil:
     """IPAS2*, RIPAS2*, VMALLS12E1* and ALLE1*."""
     cdef uint16_t vmid = decode_vmid(&vm.features, regs.vttbr, regs.vtcr)
     cdef context_t *context
     cdef uint32_t i
+    forget_guest_tables(vm, tlbi, vmid)
     for i in range(vm.context_count):
         context = &vm.contexts[i]
         if not context.valid or (tlbi.op.scope != SCOPE_ALL and context.config.vmid != vmid):

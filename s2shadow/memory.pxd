@@ -17,33 +17,46 @@ ctypedef struct region_map_t:
     uint32_t count
     region_t *regions
 
-# One reader's window: the map it uses and the region it last hit (one compare on the fast path).
+# One reader's window: the map it uses, and the regions it last hit (one compare on the fast path).
 ctypedef struct mem_view_t:
     const region_map_t *map
     uint64_t epoch
-    region_t last
+    region_t tables             # that of the last descriptor; size 0 where there is none, or no RAM
+    region_t output             # that of the last output address
 
 ctypedef enum cas_result_t:
     CAS_DONE
     CAS_LOST
     CAS_REFUSED
 
-cdef const region_t *find_region_slow(mem_view_t *view, uint64_t address) noexcept nogil
+cdef const region_t *search_region(const mem_view_t *view, uint64_t address, region_t *last) noexcept nogil
 
 
 cdef inline const region_t *find_region(mem_view_t *view, uint64_t address) noexcept nogil:
-    """The region that holds ``address``, or NULL."""
-    if address - view.last.start < view.last.size:
-        return &view.last
-    return find_region_slow(view, address)
+    """The region that holds an output address, or NULL."""
+    if address - view.output.start < view.output.size:
+        return &view.output
+    return search_region(view, address, &view.output)
+
+
+cdef inline const region_t *find_tables(mem_view_t *view, uint64_t address) noexcept nogil:
+    """The RAM region that holds a descriptor, or NULL."""
+    if address - view.tables.start < view.tables.size:
+        return &view.tables
+    if search_region(view, address, &view.tables) == NULL or view.tables.host == NULL:
+        view.tables.size = 0
+        return NULL
+    return &view.tables
 
 
 cdef inline bint read_desc(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *desc) noexcept nogil:
     """Read one descriptor (8-byte aligned); False where no RAM is."""
-    cdef const region_t *region = find_region(view, address)
-    if region == NULL or region.host == NULL:
-        return False
-    desc[0] = load64(<const uint64_t *>(region.host + (address - region.start)))
+    cdef uint64_t offset = address - view.tables.start
+    if offset >= view.tables.size:
+        if find_tables(view, address) == NULL:
+            return False
+        offset = address - view.tables.start
+    desc[0] = load64(<const uint64_t *>(view.tables.host + offset))
     if big_endian:
         desc[0] = byteswap64(desc[0])
     return True
@@ -52,9 +65,9 @@ cdef inline bint read_desc(mem_view_t *view, uint64_t address, bint big_endian, 
 cdef inline cas_result_t cas_desc(mem_view_t *view, uint64_t address, bint big_endian,
                                   uint64_t *expected, uint64_t desired) noexcept nogil:
     """Swap a descriptor that still holds ``expected``; when lost, ``expected`` becomes what is there."""
-    cdef const region_t *region = find_region(view, address)
+    cdef const region_t *region = find_tables(view, address)
     cdef uint64_t seen
-    if region == NULL or region.host == NULL or region.readonly:
+    if region == NULL or region.readonly:
         return CAS_REFUSED
     seen = byteswap64(expected[0]) if big_endian else expected[0]
     if cas64(<uint64_t *>(region.host + (address - region.start)), &seen,
@@ -75,7 +88,7 @@ cdef class GuestMemory:
 
     cdef void pin(self, mem_view_t *view) noexcept
     cdef void unpin(self) noexcept
-    cdef void refresh(self, mem_view_t *view) noexcept nogil
+    cdef bint refresh(self, mem_view_t *view) noexcept nogil
     cdef int publish(self, region_map_t *map) except -1
     cdef int insert(self, const region_t *region, object owner) except -1
     cdef uint8_t *piece(self, uint64_t cipa, size_t wanted, bint writing, size_t *length) except NULL

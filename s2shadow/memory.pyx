@@ -20,7 +20,8 @@ Region = namedtuple("Region", "start size readonly device")
 Region.__doc__ = "One region of L1's physical memory: start and size in bytes, and what it is."
 
 
-cdef const region_t *find_region_slow(mem_view_t *view, uint64_t address) noexcept nogil:
+cdef const region_t *search_region(const mem_view_t *view, uint64_t address, region_t *last) noexcept nogil:
+    """The region that holds ``address``, copied to ``last``, or NULL."""
     cdef uint32_t low = 0, high = view.map.count, middle
     cdef const region_t *region
     while low < high:
@@ -31,8 +32,8 @@ cdef const region_t *find_region_slow(mem_view_t *view, uint64_t address) noexce
         elif address - region.start >= region.size:
             low = middle + 1
         else:
-            view.last = region[0]
-            return &view.last
+            last[0] = region[0]
+            return last
     return NULL
 
 
@@ -116,20 +117,24 @@ cdef class GuestMemory:
         """Start using the current map from a thread without the GIL; pair with ``unpin``."""
         fetch_add32(&self.users, 1)
         view.epoch = 0
-        view.last.size = 0
+        view.tables.size = 0
+        view.output.size = 0
         view.map = NULL
         self.refresh(view)
 
     cdef void unpin(self) noexcept:
         fetch_add32(&self.users, <uint32_t>-1)
 
-    cdef void refresh(self, mem_view_t *view) noexcept nogil:
-        """Take over a newer map, if there is one. Regions only come while a user is there, so hits stay right."""
+    cdef bint refresh(self, mem_view_t *view) noexcept nogil:
+        """Take over a newer map; False if there is none. Regions only come while a user is there: hits stay right."""
         cdef uint64_t epoch = load64(&self.epoch)
         if view.map == NULL or view.epoch != epoch:
             view.map = <const region_map_t *>load_pointer(<void *const *>&self.map)
             view.epoch = epoch
-            view.last.size = 0
+            view.tables.size = 0
+            view.output.size = 0
+            return True
+        return False
 
     cdef int publish(self, region_map_t *map) except -1:
         cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)

@@ -6,10 +6,12 @@ import csv
 import io
 import json
 import os
+import shutil
 import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -17,7 +19,7 @@ from s2shadow.constants import perm_text, size_text
 
 if TYPE_CHECKING:
     from s2shadow.config import Stage2Config
-    from s2shadow.memory import GuestMemory
+    from s2shadow.descriptor import WalkLevel
     from s2shadow.walker import Walk
 
 STDOUT_PIECE = 1 << 14      # an unbuffered stdout drops the rest of a write that the reader cuts short
@@ -127,10 +129,10 @@ def can_encode(text: str, stream: TextIO) -> bool:
     return True
 
 
-def columns(rows: Sequence[Sequence[str]], gap: int = 3) -> list[str]:
-    """Rows as aligned text: the first column to the left, all others to the right."""
+def columns(rows: Sequence[Sequence[str]], gap: int = 3, left: Sequence[int] = (0,)) -> list[str]:
+    """Rows as aligned text: the columns ``left`` to the left, all others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [(" " * gap).join(cell.ljust(width) if i == 0 else cell.rjust(width)
+    return [(" " * gap).join(cell.ljust(width) if i in left else cell.rjust(width)
                              for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
             for row in rows]
 
@@ -252,7 +254,8 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
     parts = (("teardown (p50)", lambda row: row["teardown_ns_per_event"]["p50"]),
              ("refaults", lambda row: row["refault_ns_per_event"]),
              ("total", lambda row: row["total_ns_per_event"]))
-    colours = {"reverse-map": "#1b7f5c", "blow-away": "#c0392b", "blow-away-lean": "#e59866"}
+    colours = {"reverse-map": "#1b7f5c", "interval-map": "#2e6da4", "blow-away": "#c0392b",
+               "blow-away-lean": "#e59866"}
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(policies)
@@ -323,14 +326,37 @@ def write_whole(file: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
-def mode_for(target: str) -> int:
+def write_folder(folder: str, files: dict[str, str]) -> None:
+    """Make ``folder`` with these files (names may have folders of their own) in one step, or leave nothing behind.
+
+    ``FileExistsError`` if there is something in it already.
+    """
+    target = os.path.realpath(folder)
+    if os.path.lexists(target) and not (os.path.isdir(target) and not os.listdir(target)):
+        raise FileExistsError(17, "it exists and is not an empty folder")
+    if not os.path.isdir(os.path.dirname(target)):
+        raise FileNotFoundError(2, f"no folder {os.path.dirname(folder) or os.path.dirname(target)}")
+    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}.")
+    try:
+        for name, text in files.items():
+            file = Path(temporary, name)
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text, encoding="ascii")
+        os.chmod(temporary, mode_for(target, 0o777))
+        os.rename(temporary, target)        # over an empty folder too
+    except BaseException:
+        shutil.rmtree(temporary)
+        raise
+
+
+def mode_for(target: str, ordinary: int = 0o666) -> int:
     """The permissions that an ordinary write would have left (a temporary file starts private)."""
     try:
         return stat.S_IMODE(os.stat(target).st_mode)
     except FileNotFoundError:
         umask = os.umask(0)
         os.umask(umask)
-        return 0o666 & ~umask
+        return ordinary & ~umask
 
 
 def check_writable(file: str) -> None:
@@ -364,8 +390,12 @@ def config_line(cfg: Stage2Config) -> str:
     if cfg.start_level is not None:
         side = f" ({cfg.concatenated} tables side by side)" if cfg.concatenated > 1 else ""
         parts.append(f"starts at level {cfg.start_level}{side}")
-    if cfg.features.hafdbs >= 1 and cfg.vtcr >> 21 & 1:
-        parts.append("HA on")
+    if cfg.ds:
+        parts.append("DS on")
+    if cfg.ha:
+        parts.append("HA and HD on" if cfg.hd else "HA on")
+    if cfg.s2pie:
+        parts.append("S2PIE on")
     if cfg.error:
         parts.append(f"every walk ends in {article(cfg.error)}")
     return f"VMID {cfg.vmid}  VTTBR {cfg.vttbr:#018x}  VTCR {cfg.vtcr:#x}: {', '.join(parts)}"
@@ -395,102 +425,54 @@ def perm_words(perm: int) -> str:
     return ", ".join(words + execute) or "no access"
 
 
-def explain(mem: GuestMemory, cfg: Stage2Config, walk: Walk) -> list[dict[str, Any]]:
-    """The descriptors on the way of ``walk``, from the first table to the level where it stopped."""
-    steps: list[dict[str, Any]] = []
-    if cfg.error is not None or walk.level == -2 or walk.ipa >> cfg.ia_bits or cfg.start_level is None:
-        return steps
-    granule_bits = cfg.granule.bit_length() - 1
-    stride = granule_bits - 3
-    table, level = cfg.baddr, cfg.start_level
-    shift = granule_bits + stride * (3 - level)
-    index = walk.ipa >> shift           # the start tables side by side are one wide table
-    while level <= walk.level:
-        address = table + index * 8
-        try:
-            desc = mem.read64(address)
-        except ValueError:
-            desc = None
-        if desc is not None and cfg.big_endian:
-            desc = int.from_bytes(desc.to_bytes(8, "little"), "big")
-        step: dict[str, Any] = {"level": level, "table": table, "index": index, "address": address,
-                                "desc": desc}
-        steps.append(step)
-        if desc is None:
-            step["kind"] = "unreadable"
-            break
-        step["kind"] = descriptor_kind(cfg, desc, level)
-        if step["kind"] not in ("table", "block", "page"):
-            break
-        step["output"] = output_address(cfg, desc) & ~((1 << (granule_bits if step["kind"] == "table" else shift)) - 1)
-        if step["kind"] != "table":
-            break
-        table, level, shift = step["output"], level + 1, shift - stride
-        index = walk.ipa >> shift & ((1 << stride) - 1)
-    return steps
-
-
-def descriptor_kind(cfg: Stage2Config, desc: int, level: int) -> str:
-    if not desc & 1:
-        return "invalid"
-    if level == 3:
-        return "page" if desc & 2 else "reserved"
-    return "table" if desc & 2 else "block"
-
-
-def output_address(cfg: Stage2Config, desc: int) -> int:
-    """Address bits of a descriptor, 52-bit forms included."""
-    address = desc & ((1 << 48) - 1) & ~(cfg.granule - 1)
-    if cfg.granule == 65536:
-        wide = cfg.features.lpa and cfg.features.pa_bits >= 52
-        return address | (desc >> 12 & 0xF) << 48 if wide else address
-    if cfg.features.lpa2 and cfg.vtcr >> 32 & 1:
-        return address | (desc >> 48 & 3) << 48 | (desc >> 8 & 3) << 50
-    return address
-
-
-def explain_lines(mem: GuestMemory, cfg: Stage2Config, walk: Walk) -> list[Line]:
-    """One line per level, then the outcome."""
-    steps = explain(mem, cfg, walk)
-    width = max((len(f"{step['table']:#x}") for step in steps), default=0)
-    digits = max((len(str(step["index"])) for step in steps), default=0)
-    lines = [Line(f"L{step['level']}  {step['table']:#{width}x}[{step['index']:>{max(digits, 3)}}] = "
-                  f"{step_text(cfg, walk, step)}") for step in steps]
-    if not steps and walk.status and cfg.error is None:
+def explain_lines(cfg: Stage2Config, walk: Walk) -> list[Line]:
+    """A traced walk: one line per level, then what is odd, then the outcome."""
+    width = max((len(f"{step.table:#x}") for step in walk.steps), default=0)
+    digits = max((len(str(step.index)) for step in walk.steps), default=0)
+    lines = []
+    for step in walk.steps:
+        lines.append(Line(f"L{step.level}  {step.table:#{width}x}[{step.index:>{max(digits, 3)}}] = "
+                          f"{step_text(cfg, walk, step)}"))
+        lines += [Line(f"    {note}", "yellow") for note in step.notes]
+    if not walk.steps and walk.status and cfg.error is None:
         lines.append(Line(f"{walk.ipa:#x} is beyond the {cfg.ia_bits}-bit input"))
     return [*lines, walk_line(walk)]
 
 
-def step_text(cfg: Stage2Config, walk: Walk, step: dict[str, Any]) -> str:
-    if step["desc"] is None:
+def step_text(cfg: Stage2Config, walk: Walk, step: WalkLevel) -> str:
+    if step.desc is None:
         return "no RAM there"
-    text = f"{step['desc']:#018x}   {step['kind']:<7}"
-    if step["kind"] == "table":
-        return f"{text} → {step['output']:#x}"
-    if step["kind"] in ("page", "block"):
-        return f"{text} → {step['output']:#x}   {', '.join(leaf_fields(cfg, walk, step['desc']))}".rstrip()
+    text = f"{step.desc:#018x}   {step.kind:<7}"
+    if step.kind == "table":
+        return f"{text} → {step.output:#x}"
+    if step.kind in ("page", "block"):
+        return f"{text} → {step.output:#x}   {', '.join(leaf_fields(cfg, walk, step))}".rstrip()
     return text.rstrip()
 
 
-def leaf_fields(cfg: Stage2Config, walk: Walk, desc: int) -> list[str]:
-    """The fields of a leaf descriptor by name; what a fault other than permission hides is not decoded again."""
-    perm = walk.perm
+def leaf_fields(cfg: Stage2Config, walk: Walk, step: WalkLevel) -> list[str]:
+    """The fields of a leaf descriptor in words; what a fault other than permission hides is not decoded again."""
+    perm, named = walk.perm, step.fields
     if walk.status and not 0x0C <= walk.fsc <= 0x0F:
-        return [] if desc & 1 << 10 else ["AF clear"]
+        return [] if named["AF"] else ["AF clear"]
     fields = [("no read or write", "read-only", "write-only", "read-write")[perm & 3],
               {0: "no execute", 4: "execute at EL1", 32: "execute at EL0", 36: "execute"}[perm & 36]]
-    if desc & 1 << 10:
+    if named["AF"]:
         fields.append("AF")
     else:
         fields.append("AF clear (hardware sets it)" if walk.updated else "AF clear")
-    if desc & 1 << 51:
+    if "PIIndex" in named:
+        fields.append(f"PIIndex {named['PIIndex']}, {'dirty' if named['Dirty'] else 'clean'}")
+    if named.get("DBM"):
         fields.append("DBM")
-    fields.append(memattr_text(walk.memattr, bool(cfg.features.fwb and cfg.hcr >> 46 & 1)))
-    fields.append(SHAREABILITY[walk.sh])
+    fields.append(memattr_text(walk.memattr, cfg.fwb))
+    fields.append(SHAREABILITY[walk.sh] + (" (VTCR.SH0)" if cfg.ds else ""))
     if walk.contiguous:
         fields.append("contiguous")
-    if desc >> 55 & 0xF:
-        fields.append(f"software bits {desc >> 55 & 0xF:#x}")
+    if named.get("nT"):
+        fields.append("nT")
+    if named["Software"]:
+        fields.append(f"software bits {named['Software']:#x}")
     return fields
 
 
@@ -517,6 +499,8 @@ def walk_record(walk: Walk) -> dict[str, Any]:
             "desc_addr": f"{walk.desc_addr:#x}"}
 
 
-def step_record(step: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if value is None or key in ("level", "index", "kind") else f"{value:#x}"
-            for key, value in step.items()}
+def step_record(step: WalkLevel) -> dict[str, Any]:
+    record = {key: value if value is None or key in ("level", "index", "kind", "notes", "fields") else f"{value:#x}"
+              for key, value in asdict(step).items()}
+    record["fields"] = {name: f"{value:#x}" for name, value in step.fields.items()}
+    return record

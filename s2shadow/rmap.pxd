@@ -8,14 +8,15 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport FINAL_LEVEL, level_shift
-from s2shadow.atomics cimport load32
-from s2shadow.table cimport arena_t, pthread_mutex_t
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
+from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 
 cdef enum:
     HEAD_TAG = 0x80000000u
     CHAIN_LIMIT = 64            # how far a leaf's head is looked for before markers are put in
     MARKER_SPACING = 32
     MARKER_BYTES = 12           # two links and the head
+    NODE_FREE = -9              # level of a node that is not in use
 
 ctypedef struct node_t:
     uint64_t cipa
@@ -42,7 +43,6 @@ cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
 cdef void rmap_destroy(rmap_t *rmap) noexcept nogil
 cdef uint32_t rmap_ensure(rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
 cdef uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
-cdef void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil
 cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil
 cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil
 cdef void rmap_tidy(rmap_t *rmap, uint64_t cipa) noexcept nogil
@@ -90,3 +90,45 @@ cdef inline bint leaf_cipa(const rmap_t *rmap, uint32_t slot, uint64_t *cipa) no
 
 cdef inline bint rmap_is_empty(const rmap_t *rmap) noexcept nogil:
     return load32(&rmap.nodes[rmap.root].used) == 0
+
+
+cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_slot, uint64_t cipa,
+                                    int level) noexcept nogil:
+    """``rmap_ensure`` for a leaf under the host leaf in ``host_slot`` of canonical table ``page``, which remembers the
+    node of its own block; a node that went meanwhile does not answer to that block."""
+    cdef uint32_t node = load32(&page.node), name, mask = (<uint32_t>1 << rmap.arena.slot_bits) - 1
+    cdef int at = page.level
+    if not node or rmap.nodes[node].level != at or rmap.nodes[node].cipa != page.ipa:
+        name = rmap_ensure(rmap, cipa, at)
+        if not name:
+            return 0
+        node = name >> rmap.arena.slot_bits
+        store32(&page.node, node)
+    name = node << rmap.arena.slot_bits | (host_slot & mask)
+    while at < level:
+        node = load32(rmap.children + name)
+        if not node:
+            return rmap_ensure(rmap, cipa, level)
+        at += 1
+        name = node << rmap.arena.slot_bits
+        name |= <uint32_t>(cipa >> level_shift(rmap.arena.granule_bits, at)) & mask
+    return name
+
+
+cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil:
+    """Put a leaf at the front of a list. Lock-free: pushes may race with pushes, never with unlinks."""
+    cdef uint32_t first = load32(rmap.heads + head)
+    cdef node_t *node = &rmap.nodes[head >> rmap.arena.slot_bits]
+    store32(link_prev(rmap.arena, slot), HEAD_TAG | head)
+    store32(link_next(rmap.arena, slot), first)
+    if rmap.arena.alone:
+        store32(rmap.heads + head, slot)
+    else:
+        while not cas32(rmap.heads + head, &first, slot):
+            store32(link_next(rmap.arena, slot), first)
+    if first:
+        store32(link_prev(rmap.arena, first), slot)
+    elif rmap.arena.alone:
+        bump32(&node.used, 1)
+    else:
+        fetch_add32(&node.used, 1)

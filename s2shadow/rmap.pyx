@@ -3,7 +3,7 @@
 from libc.string cimport memset
 
 from s2shadow.arch cimport FINAL_LEVEL, level_shift
-from s2shadow.atomics cimport cas32, fetch_add32, load32, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
 from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
@@ -87,6 +87,7 @@ cdef void give_node(rmap_t *rmap, uint32_t node) noexcept nogil:
     """Take back a node whose heads and children are all empty."""
     cdef int level = rmap.nodes[node].level
     memset(&rmap.nodes[node], 0, sizeof(node_t))
+    rmap.nodes[node].level = NODE_FREE
     pthread_mutex_lock(&rmap.lock)
     rmap.nodes[node].next_free = rmap.free_node
     rmap.free_node = node
@@ -141,20 +142,6 @@ cdef uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept n
             return 0
         name = entry_name(rmap, node, cipa)
     return name
-
-
-cdef void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil:
-    """Put a leaf at the front of a list. Lock-free: pushes may race with pushes, never with unlinks."""
-    cdef uint32_t first = load32(rmap.heads + head)
-    store32(link_prev(rmap.arena, slot), HEAD_TAG | head)
-    while True:
-        store32(link_next(rmap.arena, slot), first)
-        if cas32(rmap.heads + head, &first, slot):
-            break
-    if first:
-        store32(link_prev(rmap.arena, first), slot)
-    else:
-        fetch_add32(&rmap.nodes[head >> rmap.arena.slot_bits].used, 1)
 
 
 cdef void join(rmap_t *rmap, uint32_t prev, uint32_t following) noexcept nogil:
@@ -230,7 +217,7 @@ cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil:
 cdef void node_less(rmap_t *rmap, uint32_t node) noexcept nogil:
     """Count one used entry less, and free nodes that are empty now, upwards."""
     cdef uint32_t parent
-    while fetch_add32(&rmap.nodes[node].used, <uint32_t>-1) == 1 and node != rmap.root:
+    while bump32(&rmap.nodes[node].used, <uint32_t>-1) == 1 and node != rmap.root:
         parent = rmap.nodes[node].parent
         store32(rmap.children + parent, 0)
         give_node(rmap, node)
@@ -252,7 +239,7 @@ cdef void rmap_tidy(rmap_t *rmap, uint64_t cipa) noexcept nogil:
 
 cdef void pin_node(rmap_t *rmap, uint32_t node) noexcept nogil:
     """Keep a node while its lists are being emptied."""
-    fetch_add32(&rmap.nodes[node].used, 1)
+    bump32(&rmap.nodes[node].used, 1)
 
 
 cdef void unpin_node(rmap_t *rmap, uint32_t node) noexcept nogil:

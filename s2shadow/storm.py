@@ -44,21 +44,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from s2shadow.constants import HCR_FWB, HCR_VM, HIT, MAPPED, NO_MEMORY, READ, WRITE, Kind
+from s2shadow.constants import HCR_FWB, HCR_VM, HIT, MAPPED, NO_MEMORY, READ, TEARDOWNS, WRITE, Kind
 from s2shadow.features import Features
 
 if TYPE_CHECKING:
     from s2shadow.engine import VCPU, NestedVM
     from s2shadow.memory import GuestMemory
 
-__all__ = ["POLICIES", "Rig", "StormConfig", "StormError", "Workload", "build", "run", "summarize"]
+__all__ = ["DEFAULT_POLICIES", "POLICIES", "Rig", "StormConfig", "StormError", "Workload", "build", "run",
+           "summarize"]
 
 PAGE = 4096
 BLOCK = 2 << 20
 PAGES_PER_BLOCK = BLOCK // PAGE
 
 REVERSE_MAP = "reverse-map"
-POLICIES = (REVERSE_MAP, "blow-away", "blow-away-lean")
+POLICIES = TEARDOWNS
+DEFAULT_POLICIES = (REVERSE_MAP, "blow-away", "blow-away-lean")     # what is, and what we do instead
 TLBI_MODES = ("exact", "kvm72")
 MOST_CONTEXTS = 65534           # host VMIDs of an engine
 
@@ -87,7 +89,7 @@ class StormConfig:
     block_mix: float = 0.0
     events: int = 10_000
     event_pages: int = 1
-    teardown: tuple[str, ...] = POLICIES
+    teardown: tuple[str, ...] = DEFAULT_POLICIES
     tlbi: str = "exact"
     seed: int = 1
     write: bool = False

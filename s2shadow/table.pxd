@@ -5,8 +5,8 @@
 
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, level_shift
-from s2shadow.atomics cimport peek64
+from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
+from s2shadow.atomics cimport bump16, fetch_add16, peek64
 
 cdef enum:
     SLOT_LIMIT_BITS = 31        # bit 31 of a link tags a reverse-map head
@@ -36,11 +36,13 @@ ctypedef struct page_t:
     uint8_t in_use
     uint8_t has_links           # a leaf was installed: its links are accounted for
     uint8_t is_root
+    uint32_t node               # canonical pages: the reverse-map node of the same block when last seen, or 0
 
 ctypedef struct arena_t:
     uint64_t *words             # the table pages: entry words, indexed by slot
     uint64_t *links             # next and prev of a shadow leaf, indexed by slot
     page_t *pages
+    oa_format_t oa
     uint64_t table_base         # simulated physical address of page 0
     uint64_t max_bytes          # of tables, links and heads; 0: no bound
     uint64_t used_bytes         # what max_bytes bounds
@@ -53,10 +55,19 @@ ctypedef struct arena_t:
     uint32_t next_page          # pages from here on were never used
     uint32_t free_page          # head of the free list; free pages are zero
     uint32_t free_pages
+    uint64_t freed              # counts pages given back: what was remembered of tables may be wrong
     uint8_t granule_bits
     uint8_t slot_bits
+    uint8_t alone               # one vCPU: nobody else is on the shared side, and counters need no locked instruction
     uint8_t keeps_links         # shadow leaves have links (reverse map) or a cIPA (none) beside them
     pthread_mutex_t lock
+
+# The way of the last lookup, for the next one that shares a part of it. Good until a table page is freed.
+ctypedef struct table_path_t:
+    uint64_t ipa
+    uint64_t freed              # arena.freed when it was learnt
+    uint32_t pages[5]           # by level + 1; not the start level
+    int8_t level                # the deepest page that is known
 
 ctypedef struct table_t:
     uint32_t root               # first of the pages side by side
@@ -65,8 +76,8 @@ ctypedef struct table_t:
     uint8_t concatenated_bits
     int8_t start_level
 
-cdef bint arena_init(arena_t *arena, int granule_bits, uint64_t table_base, uint64_t address_limit,
-                     uint64_t max_bytes) noexcept nogil
+cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, uint64_t table_base,
+                     uint64_t address_limit, uint64_t max_bytes) noexcept nogil
 cdef void arena_destroy(arena_t *arena) noexcept nogil
 cdef bint arena_charge(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil
 cdef void arena_refund(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil
@@ -76,8 +87,9 @@ cdef uint64_t page_cost(const arena_t *arena) noexcept nogil
 cdef uint32_t reserve_root(arena_t *arena) noexcept nogil
 cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t context, int ia_bits) noexcept nogil
 cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, int target, int *level) noexcept nogil
-cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil
-cdef void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil
+cdef bint charge_links(arena_t *arena, page_t *meta) noexcept nogil
+cdef void first_of_level(arena_t *arena, page_t *meta, int tag) noexcept nogil
+cdef void root_in_use(arena_t *arena) noexcept nogil
 cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil
 cdef bint table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil
@@ -103,11 +115,12 @@ cdef inline bint is_table(uint64_t desc, int level) noexcept nogil:
 
 
 cdef inline uint32_t child_page(const arena_t *arena, uint64_t desc) noexcept nogil:
-    return <uint32_t>(((desc & OA_48) - arena.table_base) >> arena.granule_bits)
+    # The arena is far smaller than 2^48: bits 47:12 of the difference are enough, in every format.
+    return <uint32_t>(((desc - arena.table_base) & OA_48) >> arena.granule_bits)
 
 
 cdef inline uint64_t table_desc(const arena_t *arena, uint32_t page) noexcept nogil:
-    return (arena.table_base + (<uint64_t>page << arena.granule_bits)) | DESC_VALID | DESC_TABLE
+    return encode_oa(&arena.oa, arena.table_base + (<uint64_t>page << arena.granule_bits)) | DESC_VALID | DESC_TABLE
 
 
 cdef inline uint32_t table_find(const arena_t *arena, const table_t *table, uint64_t ipa, int *level) noexcept nogil:
@@ -125,3 +138,67 @@ cdef inline uint32_t table_find(const arena_t *arena, const table_t *table, uint
         shift -= arena.slot_bits
         slot = child_page(arena, desc) << arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
     return slot
+
+
+cdef inline uint32_t table_find_near(const arena_t *arena, const table_t *table, table_path_t *path, uint64_t ipa,
+                                     int *level) noexcept nogil:
+    """``table_find``, from the deepest page that it shares with the last lookup by ``path``."""
+    cdef int at = table.start_level, shift
+    cdef uint32_t slot, page, mask = (<uint32_t>1 << arena.slot_bits) - 1
+    cdef uint64_t apart, desc, freed = peek64(&arena.freed)
+    if path.freed == freed:
+        at = path.level
+    path.freed = freed
+    shift = level_shift(arena.granule_bits, at)
+    apart = (ipa ^ path.ipa) >> arena.slot_bits
+    while at > table.start_level and apart >> shift:
+        at -= 1
+        shift += arena.slot_bits
+    if at > table.start_level:
+        slot = path.pages[at + 1] << arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
+    else:
+        slot = (table.root << arena.slot_bits) + <uint32_t>(ipa >> shift)
+    while at < FINAL_LEVEL:
+        desc = peek64(arena.words + slot)
+        if (desc & 3) != 3:
+            break
+        at += 1
+        shift -= arena.slot_bits
+        page = child_page(arena, desc)
+        path.pages[at + 1] = page
+        slot = page << arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
+    path.ipa = ipa
+    path.level = <int8_t>at
+    level[0] = at
+    return slot
+
+
+cdef inline void forget_path(table_path_t *path) noexcept nogil:
+    path.freed = ~<uint64_t>0
+
+
+cdef inline uint16_t count16(const arena_t *arena, uint16_t *counter) noexcept nogil:
+    """One more, on the shared side; what it was before."""
+    return bump16(counter, 1) if arena.alone else fetch_add16(counter, 1)
+
+
+cdef inline bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
+    """Account for the links beside a page before its first leaf; False over the bound."""
+    cdef page_t *meta = &arena.pages[page_of(arena, slot)]
+    return meta.has_links or not arena.keeps_links or charge_links(arena, meta)
+
+
+cdef inline void entry_added(arena_t *arena, uint32_t page) noexcept nogil:
+    """Count one more valid entry."""
+    cdef page_t *meta = &arena.pages[page]
+    if count16(arena, &meta.live) == 0 and meta.is_root:
+        root_in_use(arena)
+
+
+cdef inline void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
+    """Count the leaf that is being put into ``slot``. ``tag``: guest level + 2."""
+    cdef uint32_t page = page_of(arena, slot)
+    cdef page_t *meta = &arena.pages[page]
+    entry_added(arena, page)
+    if count16(arena, &meta.holds[tag]) == 0:
+        first_of_level(arena, meta, tag)

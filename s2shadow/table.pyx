@@ -2,8 +2,10 @@
 
 from libc.string cimport memset
 
-from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, level_shift, level_span
-from s2shadow.atomics cimport cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
+from s2shadow.arch cimport (
+    DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
+)
+from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
 from s2shadow.vmem cimport release, reserve
 
 cdef extern from "sched.h" nogil:
@@ -24,12 +26,13 @@ cdef void arena_unmap(arena_t *arena) noexcept nogil:
     arena.pages = NULL
 
 
-cdef bint arena_init(arena_t *arena, int granule_bits, uint64_t table_base, uint64_t address_limit,
-                     uint64_t max_bytes) noexcept nogil:
+cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, uint64_t table_base,
+                     uint64_t address_limit, uint64_t max_bytes) noexcept nogil:
     """Reserve address space for every slot that 31 bits can name; less where the system grants less."""
     memset(arena, 0, sizeof(arena_t))
     arena.granule_bits = <uint8_t>granule_bits
     arena.slot_bits = <uint8_t>(granule_bits - 3)
+    arena.oa = oa[0]
     arena.table_base = table_base
     arena.max_bytes = max_bytes
     arena.next_page = ROOT_PAGES            # page 0 is nil; roots stay aligned
@@ -112,6 +115,7 @@ cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
         arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
     memset(&arena.pages[page], 0, sizeof(page_t))
     pthread_mutex_lock(&arena.lock)
+    store64(&arena.freed, arena.freed + 1)
     arena.pages[page].next_free = arena.free_page
     arena.free_page = page
     arena.free_pages += 1
@@ -128,14 +132,12 @@ cdef uint32_t reserve_root(arena_t *arena) noexcept nogil:
     return root
 
 
-cdef inline int largest_leaf_level(int granule_bits) noexcept nogil:
-    return 1 if granule_bits == 12 else 2
-
-
-cdef int start_level_for(int granule_bits, int ia_bits) noexcept nogil:
+cdef int start_level_for(int granule_bits, bint wide, int ia_bits) noexcept nogil:
     """The lowest table that can start a walk of ``ia_bits``, with up to 16 side by side; never below the level of the
     largest leaf, which must have a slot."""
-    cdef int level = largest_leaf_level(granule_bits)
+    cdef int level = largest_leaf_level(granule_bits, False)
+    if wide and ia_bits > level_shift(granule_bits, level - 1):
+        level -= 1
     while ia_bits > level_shift(granule_bits, level) + granule_bits - 3 + 4:
         level -= 1
     return level
@@ -145,13 +147,13 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
     """Shape an empty table; its root pages must hold nothing."""
     cdef int shift, i
     cdef page_t *page
-    cdef int smallest = level_shift(arena.granule_bits, largest_leaf_level(arena.granule_bits)) + 1
+    cdef int smallest = level_shift(arena.granule_bits, largest_leaf_level(arena.granule_bits, False)) + 1
     if ia_bits < smallest:                  # of that start level
         ia_bits = smallest
     table.root = root
     table.context = context
     table.ia_bits = <uint8_t>ia_bits
-    table.start_level = <int8_t>start_level_for(arena.granule_bits, ia_bits)
+    table.start_level = <int8_t>start_level_for(arena.granule_bits, arena.oa.wide, ia_bits)
     shift = level_shift(arena.granule_bits, table.start_level)
     table.concatenated_bits = 0
     if ia_bits > shift + arena.slot_bits:
@@ -162,13 +164,6 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
         page.context = context
         page.level = table.start_level
         page.ipa = <uint64_t>i << (shift + arena.slot_bits)
-
-
-cdef void entry_added(arena_t *arena, uint32_t page) noexcept nogil:
-    """Count one more valid entry. A root shows in the bytes from its first one; the bound was charged for all
-    roots when the arena was made."""
-    if fetch_add16(&arena.pages[page].live, 1) == 0 and arena.pages[page].is_root:
-        fetch_add64(&arena.table_bytes, page_cost(arena))
 
 
 cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int level, uint64_t ipa,
@@ -221,11 +216,8 @@ cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, i
     return slot
 
 
-cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
-    """Account for the links beside a page before its first leaf; False over the bound."""
-    cdef page_t *meta = &arena.pages[page_of(arena, slot)]
-    if meta.has_links or not arena.keeps_links:
-        return True
+cdef bint charge_links(arena_t *arena, page_t *meta) noexcept nogil:
+    """Account for the links beside a page; False over the bound."""
     if not arena_charge(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits):
         return False
     if fetch_or8(&meta.has_links, 1):
@@ -233,17 +225,21 @@ cdef bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
     return True
 
 
-cdef void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
-    """Count the leaf that is being put into ``slot``. ``tag``: guest level + 2."""
-    cdef uint32_t page = page_of(arena, slot)
-    cdef page_t *meta = &arena.pages[page]
-    entry_added(arena, page)
-    while fetch_add16(&meta.holds[tag], 1) == 0 and meta.parent:
+cdef void first_of_level(arena_t *arena, page_t *meta, int tag) noexcept nogil:
+    """A page holds its first leaf of a guest level: its parents count it, as far as that is news to them."""
+    while meta.parent:
         meta = &arena.pages[page_of(arena, meta.parent)]
+        if fetch_add16(&meta.holds[tag], 1):
+            return
+
+
+cdef void root_in_use(arena_t *arena) noexcept nogil:
+    """A root shows in the bytes from its first entry; the bound was charged for all roots when the arena was made."""
+    fetch_add64(&arena.table_bytes, page_cost(arena))
 
 
 cdef void holds_less(arena_t *arena, page_t *meta, int tag) noexcept nogil:
-    while fetch_add16(&meta.holds[tag], <uint16_t>-1) == 1 and meta.parent:
+    while bump16(&meta.holds[tag], <uint16_t>-1) == 1 and meta.parent:
         meta = &arena.pages[page_of(arena, meta.parent)]
 
 
@@ -252,7 +248,7 @@ cdef bint entry_removed(arena_t *arena, uint32_t page) noexcept nogil:
     cdef page_t *meta = &arena.pages[page]
     cdef uint32_t parent
     cdef bint freed = False
-    while fetch_add16(&meta.live, <uint16_t>-1) == 1:
+    while bump16(&meta.live, <uint16_t>-1) == 1:
         if meta.is_root:
             fetch_add64(&arena.table_bytes, -page_cost(arena))
             if meta.has_links:
@@ -278,7 +274,7 @@ cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
 
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil:
     """Keep a page that is not empty while its leaves are being removed."""
-    fetch_add16(&arena.pages[page].live, 1)
+    bump16(&arena.pages[page].live, 1)
 
 
 cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil:
@@ -298,7 +294,7 @@ cdef bint table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcep
 
 cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nogil:
     """Replace a canonical block by a table of leaves of the next size (exclusive side); the page, or 0."""
-    cdef uint64_t desc = load64(arena.words + slot), step, i
+    cdef uint64_t desc = load64(arena.words + slot), step, i, pa = decode_oa(&arena.oa, desc)
     cdef uint64_t entries = <uint64_t>1 << arena.slot_bits
     cdef uint32_t page = take_page(arena)
     cdef page_t *meta
@@ -312,10 +308,12 @@ cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nog
     meta.live = <uint16_t>entries
     meta.holds[0] = <uint16_t>entries       # the parent's count stays: one leaf less, one child more
     step = level_span(arena.granule_bits, level + 1)
+    desc &= ~encode_oa(&arena.oa, ~<uint64_t>0)
     if level + 1 == FINAL_LEVEL:
         desc |= DESC_TABLE
     for i in range(entries):
-        store64(arena.words + ((<uint64_t>page << arena.slot_bits) + i), desc + i * step)
+        store64(arena.words + ((<uint64_t>page << arena.slot_bits) + i),
+                desc | encode_oa(&arena.oa, pa + i * step))
     store64(arena.words + slot, table_desc(arena, page))
     return page
 

@@ -2,13 +2,15 @@
 
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from s2shadow.combine cimport combine_rules_t
+from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.dirty cimport dirty_t
+from s2shadow.intervals cimport intervals_t
 from s2shadow.memory cimport mem_view_t
 from s2shadow.owed cimport owed_t
 from s2shadow.rmap cimport rmap_t
-from s2shadow.table cimport arena_t, table_t
+from s2shadow.table cimport arena_t, forget_path, table_path_t, table_t
+from s2shadow.walker cimport walk_path_t
 
 cdef extern from *:
     """
@@ -51,6 +53,7 @@ cdef enum:
 
 ctypedef enum teardown_t:
     TEARDOWN_REVERSE_MAP
+    TEARDOWN_INTERVAL_MAP
     TEARDOWN_BLOW_AWAY
     TEARDOWN_BLOW_AWAY_LEAN
 
@@ -98,6 +101,7 @@ ctypedef struct context_t:
     s2_config_t config
     table_t shadow
     combine_rules_t rules
+    intervals_t *intervals      # NULL but under TEARDOWN_INTERVAL_MAP
     uint64_t vttbr              # as L1 wrote them when the context was acquired
     uint64_t vtcr
     uint64_t last_used
@@ -105,9 +109,19 @@ ctypedef struct context_t:
     uint32_t refs
     uint8_t valid
 
+# The last combination: most neighbours have the same attributes. Keys pack what combine_leaves looks at.
+ctypedef struct combine_memo_t:
+    uint64_t guest
+    uint64_t host               # 0: nothing is remembered
+    combined_t leaf             # its descriptor without an address
+
 ctypedef struct vcpu_t:
     s2_config_t config
     mem_view_t view
+    walk_path_t guest_path
+    table_path_t shadow_path
+    table_path_t canonical_path
+    combine_memo_t memo
     uint64_t vttbr              # last loaded: what a TLBI acts under unless told otherwise
     uint64_t vtcr
     uint64_t hcr
@@ -152,6 +166,7 @@ ctypedef struct vm_t:
     uint64_t narrowed
     uint64_t invalidations
     uint64_t kernel_steps
+    uint64_t unknown_unmaps     # contexts emptied because an interval map did not know better
     uint64_t recycled
     uint64_t evictions
     uint64_t canonical_leaves
@@ -160,6 +175,17 @@ ctypedef struct vm_t:
     uint64_t tlbi_removed[5]
     uint64_t tlbi_required[5]
     uint32_t evict_hand
+
+
+cdef inline void forget_guest_path(vcpu_t *vcpu) noexcept nogil:
+    vcpu.guest_path.level = vcpu.config.start_level
+
+
+cdef inline void forget_ways(vcpu_t *vcpu) noexcept nogil:
+    """What a vCPU remembers of its context, when that is another one now."""
+    forget_guest_path(vcpu)
+    forget_path(&vcpu.shadow_path)
+    vcpu.memo.host = 0
 
 
 cdef inline uint64_t kernel_steps_per_context(const vm_t *vm) noexcept nogil:

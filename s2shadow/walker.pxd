@@ -20,6 +20,31 @@ ctypedef struct walk_t:
     uint64_t desc
     uint64_t desc_addr
 
+# What a walk wants next: a descriptor's value, or a compare-and-swap of one.
+ctypedef enum request_t:
+    WALK_DONE
+    WALK_READ
+    WALK_SWAP
+
+# A walk under way. Descriptor values are in host byte order.
+ctypedef struct walk_state_t:
+    uint64_t ipa
+    uint64_t address            # of the descriptor that is wanted
+    uint64_t expected           # WALK_SWAP: what it must still hold,
+    uint64_t desired            # and what it shall hold then
+    int level
+    int shift
+    uint8_t access
+    uint8_t update
+
+# The way of the last walk down L1's tables, for the next one that shares a part of it.
+ctypedef struct walk_path_t:
+    uint64_t ipa
+    uint64_t entries[5]         # address of the entry that was read at each level, by level + 1
+    int8_t level                # the deepest table that is known; the start level: none
+
+cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_path_t *path, uint64_t ipa,
+                           uint8_t access, walk_t *out) noexcept nogil
 cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
                       bint update, walk_t *out) noexcept nogil
 
@@ -27,3 +52,4 @@ cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa,
 cdef class Walk:
     cdef walk_t c
     cdef readonly uint64_t ipa
+    cdef tuple trace                # of WalkLevel, or None

@@ -1,7 +1,10 @@
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from s2shadow.config import Stage2Config
+from s2shadow.descriptor import WalkLevel
 from s2shadow.memory import GuestMemory
 
 WALK_DTYPE: np.dtype[np.void]
@@ -36,8 +39,29 @@ class Walk:
     def desc_addr(self) -> int: ...
     @property
     def fault(self) -> str | None: ...
+    @property
+    def steps(self) -> tuple[WalkLevel, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
-def walk(mem: GuestMemory, cfg: Stage2Config, ipa: int, access: int = ..., update: bool = True) -> Walk: ...
+class WalkRequest(NamedTuple):
+    kind: str
+    address: int
+    expected: int | None
+    desired: int | None
+
+class WalkStep:
+    @property
+    def request(self) -> WalkRequest | None: ...
+    @property
+    def result(self) -> Walk: ...
+    def feed(self, value: int) -> None: ...
+    def abort(self) -> None: ...
+
+def walk(
+    mem: GuestMemory, cfg: Stage2Config, ipa: int, access: int = ..., update: bool = True, trace: bool = False
+) -> Walk: ...
+def walk_step(cfg: Stage2Config, ipa: int, access: int = ..., update: bool = True) -> WalkStep: ...
 def walk_many(
     mem: GuestMemory,
     cfg: Stage2Config,

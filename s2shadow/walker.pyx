@@ -1,5 +1,7 @@
 """The stage-2 walker (spec 01, sections 3, 5 and 6; AArch64.S2Walk and AArch64.S2Translate of the Arm ARM)."""
 
+from collections import namedtuple
+
 import numpy as np
 
 from cpython.exc cimport PyErr_CheckSignals
@@ -8,14 +10,17 @@ from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
     ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_CONTIGUOUS, DESC_DBM, DESC_MEMATTR_SHIFT, DESC_NT, DESC_S2AP_W,
-    DESC_SH_SHIFT, DESC_TABLE, DESC_VALID, FINAL_LEVEL, FSC_ACCESS_FLAG, FSC_ADDRESS_SIZE, FSC_PERMISSION,
-    FSC_TRANSLATION, FSC_WALK_ABORT, LEVEL_STAGE2_OFF, PERM_ALL, contiguous_bits, fault_code, is_block_level,
-    level_shift, memattr_is_device, required_perm, s2ap_xn_to_perm,
+    DESC_TABLE, DESC_VALID, FINAL_LEVEL, FSC_ACCESS_FLAG, FSC_ADDRESS_SIZE, FSC_PERMISSION, FSC_TRANSLATION,
+    FSC_WALK_ABORT, LEVEL_STAGE2_OFF, PERM_ALL, base_perm, base_perm_code, byteswap64, contiguous_bits, decode_oa,
+    decode_sh, fault_code, level_shift, memattr_is_device, mostly_read_only, required_perm,
+    s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
+from s2shadow.atomics cimport load64
 from s2shadow.config cimport Stage2Config, fault_text
-from s2shadow.memory cimport CAS_DONE, CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
+from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
 from s2shadow.constants import Access, perm_text, size_text
+from s2shadow.descriptor import describe_level
 
 WALK_DTYPE = np.dtype([("status", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("memattr", "u1"),
                        ("sh", "u1"), ("contiguous", "u1"), ("updated", "u1"),
@@ -46,15 +51,6 @@ cdef inline void fail(walk_t *out, int base, int level) noexcept nogil:
     out.fsc = fault_code(base, level)
 
 
-cdef inline uint64_t desc_address(const s2_config_t *config, uint64_t desc) noexcept nogil:
-    return (desc & config.oa_mask) | (desc & config.oa_high_mask) << config.oa_high_shift
-
-
-cdef inline bint output_too_large(const s2_config_t *config, uint64_t desc, int shift) noexcept nogil:
-    """Whether a leaf's address is out of range; the bits below its span are not the descriptor's to give."""
-    return desc_address(config, desc) >> shift << shift >> config.oa_bits != 0
-
-
 cdef inline bint is_leaf_or_fault(const s2_config_t *config, uint64_t desc, int level, bint *leaf) noexcept nogil:
     """Decode the descriptor type: False for a Translation fault, else ``leaf`` says leaf or table."""
     if not desc & DESC_VALID:
@@ -63,30 +59,56 @@ cdef inline bint is_leaf_or_fault(const s2_config_t *config, uint64_t desc, int 
         leaf[0] = True
         return (desc & DESC_TABLE) != 0
     leaf[0] = not desc & DESC_TABLE
-    return not leaf[0] or is_block_level(config.granule_bits, level, config.ds, config.lpa)
+    return not leaf[0] or level >= config.block_level
 
 
-cdef inline uint64_t leaf_output(const s2_config_t *config, uint64_t desc, uint64_t ipa, int level,
-                                 int shift) noexcept nogil:
-    """Output address; the bits of a contiguous group's size come from the IPA (StageOA).
+cdef inline int group_shift(const s2_config_t *config, int level, int shift) noexcept nogil:
+    """log2 of what a contiguous group of leaves spans.
 
     A group that would exceed the input size is IMPLEMENTATION DEFINED: the bit is ignored.
     """
-    cdef int bits = shift
-    cdef uint64_t offset_mask
+    cdef int bits = shift + contiguous_bits(config.granule_bits, level)
+    return shift if bits > config.ia_bits else bits
+
+
+cdef inline uint64_t block_address(const s2_config_t *config, uint64_t desc, int shift) noexcept nogil:
+    """Output address of a leaf; the bits below its span are not the descriptor's to give."""
+    return decode_oa(&config.oa, desc) >> shift << shift
+
+
+cdef inline uint64_t leaf_output(const s2_config_t *config, uint64_t desc, uint64_t block, uint64_t ipa, int level,
+                                 int shift) noexcept nogil:
+    """Output address; the bits of a contiguous group's size come from the IPA (StageOA)."""
+    cdef uint64_t offset_mask = ((<uint64_t>1) << shift) - 1
     if desc & DESC_CONTIGUOUS:
-        bits += contiguous_bits(config.granule_bits, level)
-        if bits > config.ia_bits:
-            bits = shift
-    offset_mask = ((<uint64_t>1) << bits) - 1
-    return (desc_address(config, desc) & ~offset_mask) | (ipa & offset_mask)
+        offset_mask = ((<uint64_t>1) << group_shift(config, level, shift)) - 1
+    return (block & ~offset_mask) | (ipa & offset_mask)
+
+
+cdef inline uint8_t leaf_perm(const s2_config_t *config, uint64_t desc) noexcept nogil:
+    cdef uint8_t perm
+    if not config.s2pie:
+        return s2ap_xn_to_perm(desc, config.xnx)
+    perm = base_perm(base_perm_code(config.s2pir, desc))
+    return perm if desc & DESC_S2AP_W else perm & ~ACCESS_WRITE     # bit 7 is the dirty state here
 
 
 cdef inline void describe_leaf(const s2_config_t *config, uint64_t desc, walk_t *out) noexcept nogil:
-    out.perm = s2ap_xn_to_perm(desc, config.xnx)
+    out.perm = leaf_perm(config, desc)
     out.memattr = <uint8_t>((desc >> DESC_MEMATTR_SHIFT) & 0xF)
-    out.sh = config.sh0 if config.ds else <uint8_t>((desc >> DESC_SH_SHIFT) & 3)
+    out.sh = decode_sh(&config.oa, desc, config.sh0)
     out.contiguous = (desc & DESC_CONTIGUOUS) != 0
+
+
+cdef inline bint may_become_writable(const s2_config_t *config, uint64_t desc, uint8_t access) noexcept nogil:
+    """Whether a write may go through once bit 7 is set: the leaf is writable-clean, and hardware manages that."""
+    cdef unsigned int code
+    if not config.s2pie:
+        return config.hd and desc & DESC_DBM
+    code = base_perm_code(config.s2pir, desc)
+    if not (base_perm(code) & ACCESS_WRITE or (access & ACCESS_PTW and mostly_read_only(code))):
+        return False
+    return config.hd or desc & DESC_S2AP_W
 
 
 cdef void walk_identity(const s2_config_t *config, uint64_t ipa, walk_t *out) noexcept nogil:
@@ -102,93 +124,219 @@ cdef void walk_identity(const s2_config_t *config, uint64_t ipa, walk_t *out) no
     out.size = <uint64_t>1 << config.pa_bits
 
 
+cdef void walk_refused(const s2_config_t *config, uint64_t ipa, walk_t *out) noexcept nogil:
+    """What needs no descriptor: stage 2 off, an illegal configuration, an address beyond the input size."""
+    if not config.enabled:
+        walk_identity(config, ipa, out)
+    elif config.ia_bits < 64 and ipa >> config.ia_bits:
+        fail(out, FSC_TRANSLATION, 0)       # checked before the base address
+    else:
+        out.status = 1
+        out.fsc = config.error_fsc
+
+
+cdef inline request_t walk_begin(const s2_config_t *config, uint64_t ipa, uint8_t access, bint update,
+                                 walk_state_t *state, walk_t *out) noexcept nogil:
+    """Start a walk: what it wants first."""
+    memset(out, 0, sizeof(walk_t))
+    if not config.walkable or ipa >> config.ia_bits:
+        walk_refused(config, ipa, out)
+        return WALK_DONE
+    state.ipa = ipa
+    state.access = access
+    state.update = update
+    state.level = config.start_level
+    state.shift = config.start_shift
+    state.address = config.base + (ipa >> state.shift << 3)     # the start table may be wider than one granule
+    return WALK_READ
+
+
+cdef inline bint enter_table(const s2_config_t *config, uint64_t desc, walk_state_t *state) noexcept nogil:
+    """Go down one level by a table descriptor; False where its address is out of range."""
+    cdef uint64_t table = decode_oa(&config.oa, desc)
+    if table & ~config.output_mask:
+        return False
+    state.level += 1
+    state.shift -= config.granule_bits - 3
+    state.address = table + ((state.ipa >> state.shift & (((<uint64_t>1) << (config.granule_bits - 3)) - 1)) << 3)
+    return True
+
+
+cdef inline request_t take_leaf(const s2_config_t *config, walk_state_t *state, uint64_t desc,
+                                walk_t *out) noexcept nogil:
+    """Steps 9 to 15 of the order of checks (spec 01, section 5)."""
+    cdef uint8_t need = required_perm(state.access)
+    cdef uint64_t desired = desc | DESC_AF, block = block_address(config, desc, state.shift)
+    if config.bbm and state.level < FINAL_LEVEL and desc & DESC_NT:
+        fail(out, FSC_TRANSLATION, state.level)         # nT must not be cached, and a shadow is a cache
+        return WALK_DONE
+    if block & ~config.output_mask:
+        fail(out, FSC_ADDRESS_SIZE, state.level)
+        return WALK_DONE
+    if not desc & DESC_AF and not config.ha:
+        fail(out, FSC_ACCESS_FLAG, state.level)
+        return WALK_DONE
+    describe_leaf(config, desc, out)
+    out.level = <int8_t>state.level
+    out.size = (<uint64_t>1) << state.shift
+    out.pa = leaf_output(config, desc, block, state.ipa, state.level, state.shift)
+    if state.access & ACCESS_WRITE and may_become_writable(config, desc, state.access):
+        desired |= DESC_S2AP_W
+        need &= ~ACCESS_WRITE
+    if need & ~out.perm or (state.access & ACCESS_PTW and config.ptw and memattr_is_device(out.memattr, config.fwb)):
+        fail(out, FSC_PERMISSION, state.level)
+        return WALK_DONE
+    if desired == desc:
+        return WALK_DONE
+    out.updated = 1
+    if not state.update:
+        return WALK_DONE
+    state.expected = desc
+    state.desired = desired
+    return WALK_SWAP
+
+
+cdef inline request_t walk_take(const s2_config_t *config, walk_state_t *state, uint64_t desc,
+                                walk_t *out) noexcept nogil:
+    """``desc``, in host byte order, is what stands at ``state.address``: what the walk wants next."""
+    cdef bint leaf = False
+    out.desc = desc
+    out.desc_addr = state.address
+    if not is_leaf_or_fault(config, desc, state.level, &leaf):
+        fail(out, FSC_TRANSLATION, state.level)
+        return WALK_DONE
+    if leaf:
+        return take_leaf(config, state, desc, out)
+    if enter_table(config, desc, state):
+        return WALK_READ
+    fail(out, FSC_ADDRESS_SIZE, state.level)
+    return WALK_DONE
+
+
+cdef inline request_t walk_swapped(const s2_config_t *config, walk_state_t *state, uint64_t seen,
+                                   walk_t *out) noexcept nogil:
+    """The swap that the walk wanted found ``seen``: where that is not what it expected, the walk goes on from there."""
+    if seen == state.expected:
+        out.desc = state.desired
+        out.perm = leaf_perm(config, state.desired)
+        return WALK_DONE
+    memset(out, 0, sizeof(walk_t))          # nothing that the old value said may stay
+    return walk_take(config, state, seen, out)
+
+
+cdef inline request_t walk_abort(walk_state_t *state, request_t refused, walk_t *out) noexcept nogil:
+    """Memory did not answer: an external abort on the walk."""
+    if refused == WALK_SWAP:
+        memset(out, 0, sizeof(walk_t))
+        out.desc = state.expected
+        out.desc_addr = state.address
+    fail(out, FSC_WALK_ABORT, state.level)
+    return WALK_DONE
+
+
+cdef inline request_t answer_from(mem_view_t *view, const s2_config_t *config, walk_state_t *state, request_t request,
+                                  walk_t *out) noexcept nogil:
+    """Give the walk what it wants from L1's memory."""
+    cdef uint64_t desc = 0
+    cdef cas_result_t swapped
+    if request == WALK_READ:
+        if not read_desc(view, state.address, config.big_endian, &desc):
+            return walk_abort(state, request, out)
+        return walk_take(config, state, desc, out)
+    desc = state.expected
+    swapped = cas_desc(view, state.address, config.big_endian, &desc, state.desired)
+    if swapped == CAS_REFUSED:
+        return walk_abort(state, request, out)
+    return walk_swapped(config, state, desc, out)
+
+
+cdef void walk_by_steps(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access, bint update,
+                        walk_t *out) noexcept nogil:
+    """The whole walk by the state machine."""
+    cdef walk_state_t state
+    cdef request_t request = walk_begin(config, ipa, access, update, &state, out)
+    while request != WALK_DONE:
+        request = answer_from(view, config, &state, request, out)
+
+
+cdef extern from *:
+    """
+    /* the first eight bytes of a walk_t in one store; ``sh`` stands where a descriptor has it */
+    #define s2_fill_leaf(w, level, perm, desc, sh) do { \\
+        struct { uint8_t status, fsc; int8_t lvl; uint8_t prm, mem, s, c, u; } head_ = { \\
+            0, 0, (int8_t)(level), (perm), (uint8_t)((desc) >> 2 & 0xF), (uint8_t)((sh) >> 8), 0, 0 }; \\
+        __builtin_memcpy((w), &head_, 8); } while (0)
+    """
+    void fill_leaf "s2_fill_leaf"(walk_t *out, int level, uint8_t perm, uint64_t desc, uint64_t sh) noexcept nogil
+
+
+cdef inline bint walk_plainly(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint64_t address, int level,
+                              int shift, uint8_t access, walk_path_t *path, walk_t *out) noexcept nogil:
+    """The walk that most are, from the descriptor at ``address`` on: tables in the region of the last one, a leaf in
+    order that allows the access as it is. False for any other: the state machine decides those. No calls from here:
+    they would cost the registers. ``path``, if any, learns the way."""
+    cdef uint64_t desc, offset, kind
+    cdef uint8_t perm
+    while True:
+        offset = address - view.tables.start
+        if offset >= view.tables.size:
+            return False
+        desc = load64(<const uint64_t *>(view.tables.host + offset))
+        kind = desc & config.plain_mask
+        if kind != 3 or level == FINAL_LEVEL:
+            break
+        level += 1
+        shift -= config.granule_bits - 3
+        address = (desc & config.oa.mask) + ((ipa >> shift & config.index_mask) << 3)
+        if path != NULL:
+            path.entries[level + 1] = address
+    if kind != <uint64_t>(3 if level == FINAL_LEVEL else 1) or level < config.block_level:
+        return False
+    perm = s2ap_xn_to_perm(desc, config.xnx)
+    if desc & (DESC_AF | DESC_CONTIGUOUS) != DESC_AF or access & ACCESS_PTW or required_perm(access) & ~perm:
+        return False
+    fill_leaf(out, level, perm, desc, desc & config.sh_mask | config.sh_implied)
+    out.size = <uint64_t>1 << shift
+    out.pa = (desc & config.oa.mask & ~(out.size - 1)) | (ipa & (out.size - 1))
+    out.desc = desc
+    out.desc_addr = address
+    return True
+
+
 cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
                       bint update, walk_t *out) noexcept nogil:
     """Translate ``ipa``; see ``walk`` for what ``out`` says. ``view`` is the caller's own."""
-    cdef uint64_t desc = 0, desired, table, address, index
-    cdef int level, shift
-    cdef uint8_t need
-    cdef bint leaf = False
-    cdef cas_result_t swapped
+    if not config.plain or ipa >> config.ia_bits or not walk_plainly(
+            view, config, ipa, config.base + (ipa >> config.start_shift << 3), config.start_level, config.start_shift,
+            access, NULL, out):
+        walk_by_steps(view, config, ipa, access, update, out)
 
-    memset(out, 0, sizeof(walk_t))
-    if not config.enabled:
-        walk_identity(config, ipa, out)
-        return
-    if config.has_error:
-        out.status = 1
-        out.fsc = config.error_fsc
-        if config.ia_bits < 64 and ipa >> config.ia_bits:
-            out.fsc = FSC_TRANSLATION       # checked before the base address
-        return
-    if ipa >> config.ia_bits:
-        fail(out, FSC_TRANSLATION, 0)
-        return
 
-    level = config.start_level
+cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_path_t *path, uint64_t ipa,
+                           uint8_t access, walk_t *out) noexcept nogil:
+    """``walk_stage2``, from the deepest table that it shares with the last walk: a walk cache, which whoever owns it
+    must forget where the architecture says so. No fault comes from it: what does not succeed plainly is walked again
+    from the root."""
+    cdef int stride = config.granule_bits - 3, level = path.level, shift
+    cdef uint64_t apart = ipa ^ path.ipa, address
+    if not config.plain or ipa >> config.ia_bits:
+        walk_by_steps(view, config, ipa, access, True, out)
+        return
     shift = level_shift(config.granule_bits, level)
-    table = config.base
-    index = ipa >> shift                    # the start table may be wider than one granule
-    while True:
-        address = table + (index << 3)
-        if not read_desc(view, address, config.big_endian, &desc):
-            fail(out, FSC_WALK_ABORT, level)
-            return
-        out.desc_addr = address
-        while True:                         # again with what memory holds, when a swap is lost
-            out.desc = desc
-            if not is_leaf_or_fault(config, desc, level, &leaf):
-                fail(out, FSC_TRANSLATION, level)
-                return
-            if not leaf:
-                break
-            if config.bbm and level < FINAL_LEVEL and desc & DESC_NT:
-                fail(out, FSC_TRANSLATION, level)       # nT must not be cached, and a shadow is a cache
-                return
-            if output_too_large(config, desc, shift):
-                fail(out, FSC_ADDRESS_SIZE, level)
-                return
-            if not desc & DESC_AF and not config.ha:
-                fail(out, FSC_ACCESS_FLAG, level)
-                return
-            describe_leaf(config, desc, out)
-            out.level = <int8_t>level
-            out.size = (<uint64_t>1) << shift
-            out.pa = leaf_output(config, desc, ipa, level, shift)
-            need = required_perm(access)
-            desired = desc | DESC_AF
-            if access & ACCESS_WRITE and config.hd and desc & DESC_DBM:
-                desired |= DESC_S2AP_W
-                need &= ~ACCESS_WRITE
-            if need & ~out.perm or (access & ACCESS_PTW and config.ptw and memattr_is_device(out.memattr, config.fwb)):
-                fail(out, FSC_PERMISSION, level)
-                return
-            if desired == desc:
-                return
-            out.updated = 1
-            if not update:
-                return
-            swapped = cas_desc(view, address, config.big_endian, &desc, desired)
-            if swapped == CAS_DONE:
-                out.desc = desired
-                out.perm = s2ap_xn_to_perm(desired, config.xnx)
-                return
-            if swapped == CAS_REFUSED:
-                memset(out, 0, sizeof(walk_t))
-                out.desc = desc
-                out.desc_addr = address
-                fail(out, FSC_WALK_ABORT, level)
-                return
-            # Lost: nothing that the old value said may stay.
-            memset(out, 0, sizeof(walk_t))
-            out.desc_addr = address
-        table = desc_address(config, desc) & ~(((<uint64_t>1) << config.granule_bits) - 1)
-        if table >> config.oa_bits:
-            fail(out, FSC_ADDRESS_SIZE, level)
-            return
-        level += 1
-        shift -= config.granule_bits - 3
-        index = (ipa >> shift) & (((<uint64_t>1) << (config.granule_bits - 3)) - 1)
+    while level > config.start_level and apart >> shift >> stride:
+        level -= 1
+        shift += stride
+    if level > config.start_level:
+        address = path.entries[level + 1] & ~((<uint64_t>1 << config.granule_bits) - 1)
+        address += (ipa >> shift & ((<uint64_t>1 << stride) - 1)) << 3
+    else:
+        address = config.base + (ipa >> shift << 3)
+    path.level = config.start_level
+    if walk_plainly(view, config, ipa, address, level, shift, access, path, out):
+        path.ipa = ipa
+        path.level = out.level
+    else:
+        walk_by_steps(view, config, ipa, access, True, out)
 
 
 cdef class Walk:
@@ -247,24 +395,137 @@ cdef class Walk:
         """None, or the fault as text, such as ``translation fault, level 2``."""
         return fault_text(self.c.fsc) if self.c.status else None
 
+    @property
+    def steps(self):
+        """The levels of the walk, as ``WalkLevel``; () unless it was traced."""
+        return self.trace or ()
+
+    @property
+    def notes(self):
+        """What is odd about the tables on the way, such as a misprogrammed contiguous group; () unless traced."""
+        return tuple([note for step in self.steps for note in step.notes])
+
     def __repr__(self):
         if self.c.status:
             return f"Walk({self.ipa:#x}: {self.fault})"
         return f"Walk({self.ipa:#x} → {self.pa:#x}, {size_text(self.size)}, {perm_text(self.perm)}, level {self.level})"
 
 
-def walk(GuestMemory mem not None, Stage2Config cfg not None, ipa, access=Access.READ, bint update=True):
+class WalkRequest(namedtuple("WalkRequest", "kind address expected desired")):
+    """What a ``WalkStep`` wants of memory: ``kind`` is ``"read"`` or ``"swap"``; ``address`` is 8-byte aligned. Values
+    are words as a little-endian load of that address sees them; ``expected`` and ``desired`` are None for a read."""
+
+    __slots__ = ()
+
+
+cdef class WalkStep:
+    """A walk that stops at every access to memory: made by ``walk_step``."""
+
+    cdef Stage2Config cfg
+    cdef walk_state_t state
+    cdef request_t wanted
+    cdef Walk walked
+
+    cdef uint64_t word(self, uint64_t value):
+        """Between a descriptor and the word that memory holds for it."""
+        return byteswap64(value) if self.cfg.c.big_endian else value
+
+    @property
+    def request(self):
+        """A ``WalkRequest``, or None when the walk is done."""
+        if self.wanted == WALK_DONE:
+            return None
+        if self.wanted == WALK_READ:
+            return WalkRequest("read", self.state.address, None, None)
+        return WalkRequest("swap", self.state.address, self.word(self.state.expected), self.word(self.state.desired))
+
+    @property
+    def result(self):
+        """The ``Walk``; ``RuntimeError`` while it is under way."""
+        if self.wanted != WALK_DONE:
+            raise RuntimeError(f"the walk wants the descriptor at {self.state.address:#x} first")
+        return self.walked
+
+    def feed(self, value):
+        """Memory answered: the word read, or, for a swap, the word that was there (``expected``: it was swapped)."""
+        cdef uint64_t desc = self.word(as_u64(value, "value"))
+        if self.wanted == WALK_READ:
+            self.wanted = walk_take(&self.cfg.c, &self.state, desc, &self.walked.c)
+        elif self.wanted == WALK_SWAP:
+            self.wanted = walk_swapped(&self.cfg.c, &self.state, desc, &self.walked.c)
+        else:
+            raise RuntimeError("the walk is done")
+
+    def abort(self):
+        """Memory did not answer, or cannot be written: an external abort on the walk."""
+        if self.wanted == WALK_DONE:
+            raise RuntimeError("the walk is done")
+        self.wanted = walk_abort(&self.state, self.wanted, &self.walked.c)
+
+    def __repr__(self):
+        if self.wanted == WALK_DONE:
+            return f"WalkStep({self.walked!r})"
+        return f"WalkStep({self.state.ipa:#x}, level {self.state.level}: {self.request})"
+
+
+def walk_step(Stage2Config cfg not None, ipa, access=Access.READ, bint update=True):
+    """Begin a walk whose memory is the caller's -> ``WalkStep``.
+
+    While ``step.request`` is not None, do what it asks of memory and give the answer to ``step.feed`` (or call
+    ``step.abort``); then ``step.result`` is the ``Walk``. Steps are independent: any number may be in flight. The
+    arguments and the answer are those of ``walk``, which is the same state machine.
+    """
+    cdef WalkStep step = WalkStep.__new__(WalkStep)
+    cdef uint64_t address = as_u64(ipa, "ipa")
+    cdef uint8_t mask = as_access(access)
+    step.cfg = cfg
+    step.walked = Walk.__new__(Walk)
+    step.walked.ipa = address
+    step.wanted = walk_begin(&cfg.c, address, mask, update, &step.state, &step.walked.c)
+    return step
+
+
+cdef Walk traced_walk(GuestMemory mem, Stage2Config cfg, ipa, access, bint update):
+    """The walk, with every level that it met."""
+    cdef WalkStep step = walk_step(cfg, ipa, access, update)
+    cdef mem_view_t view
+    cdef request_t asked
+    cdef int level
+    cdef uint64_t address
+    cdef list levels = []
+    mem.pin(&view)
+    try:
+        while step.wanted != WALK_DONE:
+            level, address, asked = step.state.level, step.state.address, step.wanted
+            step.wanted = answer_from(&view, &cfg.c, &step.state, asked, &step.walked.c)
+            if asked == WALK_SWAP:
+                levels.pop()                # again, as memory holds it now
+            read = asked == WALK_SWAP or step.walked.c.fsc != fault_code(FSC_WALK_ABORT, level)
+            levels.append(describe_level(mem, cfg, step.walked.ipa, level, address,
+                                         step.walked.c.desc if read else None))
+    finally:
+        mem.unpin()
+    step.walked.trace = tuple(levels)
+    return step.walked
+
+
+def walk(GuestMemory mem not None, Stage2Config cfg not None, ipa, access=Access.READ, bint update=True,
+         bint trace=False):
     """Translate ``ipa`` through L1's stage 2 -> ``Walk``.
 
     ``access`` is an ``Access`` mask; several of READ, WRITE and EXEC must all be allowed. With ``update`` the
     hardware access flag (and dirty state) is written into the descriptor by compare-and-swap; without it nothing
     is written and ``updated`` says that a write was due. A descriptor that cannot be read, or cannot be updated
     because its page is read-only, is an external abort on the walk. After a permission fault the leaf is still
-    described. Source: Arm ARM, AArch64.S2Translate; order of checks as in its pseudocode.
+    described. With ``trace``, ``Walk.steps`` has each level with its fields named, and ``Walk.notes`` what is odd.
+    Source: Arm ARM, AArch64.S2Translate; order of checks as in its pseudocode.
     """
-    cdef Walk result = Walk.__new__(Walk)
+    if trace:
+        return traced_walk(mem, cfg, ipa, access, update)
+    cdef Walk result
     cdef mem_view_t view
     cdef uint8_t mask = as_access(access)
+    result = Walk.__new__(Walk)
     result.ipa = as_u64(ipa, "ipa")
     mem.pin(&view)
     walk_stage2(&view, &cfg.c, result.ipa, mask, update, &result.c)
@@ -373,13 +634,15 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
     into.budget -= entries
     for i in range(entries):
         if not read_desc(view, table + (i << 3), config.big_endian, &desc):
-            return 0
+            continue                        # a large granule's table may lie in RAM only in part
         if not is_leaf_or_fault(config, desc, level, &leaf):
             continue
-        if output_too_large(config, desc, shift if leaf else config.granule_bits):
+        if leaf and config.bbm and level < FINAL_LEVEL and desc & DESC_NT:
+            continue
+        if block_address(config, desc, shift if leaf else config.granule_bits) & ~config.output_mask:
             continue
         if not leaf:
-            next_table = desc_address(config, desc) & ~(((<uint64_t>1) << config.granule_bits) - 1)
+            next_table = decode_oa(&config.oa, desc)
             result = collect_table(view, config, next_table, ipa + (i << shift), level + 1,
                                    (<uint64_t>1) << (config.granule_bits - 3), into)
             if result:
@@ -397,7 +660,7 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
         into.count += 1
         describe_leaf(config, desc, &walked)
         row.ipa = ipa + (i << shift)
-        row.pa = leaf_output(config, desc, row.ipa, level, shift)
+        row.pa = leaf_output(config, desc, block_address(config, desc, shift), row.ipa, level, shift)
         row.size = (<uint64_t>1) << shift
         row.desc = desc
         row.level = <int8_t>level

@@ -1,17 +1,49 @@
-"""Paths, and the settings that every test shares."""
+"""Paths, and the settings and fixtures that every test shares."""
 
 import os
 import sys
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-pytest.register_assert_rewrite("lockstep", "rig", "vectors")  # helpers that assert: let a failure say what differs
+# helpers that assert: let a failure say what differs
+pytest.register_assert_rewrite("lockstep", "oracle", "rig", "twostages", "vectors")
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", deadline=None, max_examples=100, suppress_health_check=SLOW)
 settings.register_profile("long", deadline=None, max_examples=5000, suppress_health_check=SLOW)
 settings.load_profile("long" if os.environ.get("S2SHADOW_LONG") == "1" else "default")
+
+SEED = int(os.environ.get("S2SHADOW_SEED") or str(int.from_bytes(os.urandom(6))), 0)
+NOTES = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config):
+    config.stash[NOTES] = []
+
+
+def pytest_report_header():
+    return f"random tables: S2SHADOW_SEED={SEED}"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The seed again at the end, where -q and CI logs show it, with what the tests that used it have to say."""
+    for note in config.stash[NOTES]:
+        terminalreporter.write_line(f"S2SHADOW_SEED={SEED}: {note}")
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers of this test's own, other ones in each run; S2SHADOW_SEED repeats a run."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(scope="session")
+def notes(request):
+    """Lines to print, with the seed, when all is done."""
+    return request.config.stash[NOTES]

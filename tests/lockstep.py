@@ -4,9 +4,10 @@ import numpy as np
 
 import rig
 import s2shadow
+from model.intervals import IntervalVM
 from model.memory import Memory
-from model.vm import VM, Linear
-from model.walk import Features
+from model.vm import VM, HostLeaf, Linear
+from model.walk import Config, Features, walk
 from s2shadow import HCR_FWB, HCR_VM
 
 K, M, G = 1 << 10, 1 << 20, 1 << 30
@@ -15,43 +16,60 @@ TABLES, DATA = RAM, 2 * G
 DATA_PAGES = 2048
 ROM, DEVICE, NOWHERE = 3 * G, 4 * G, 5 * G
 HOST = 1 << 40
+HIGH = 0xA << 48  # where L1's memory lies if its addresses are to need 52 bits
+HOST_OF_PA_BITS = {40: 1 << 39, 48: HOST, 52: 0x5 << 48 | 1 << 42}  # every bit of the address in use
+HUGE, HUGE_SIZE = 8 << 40, {4 * K: 512 * G, 16 * K: 64 * G, 64 * K: 4096 * G}  # leaves of 52-bit descriptors only
+HUGE_LEVEL = {4 * K: 0, 16 * K: 1, 64 * K: 1}
+OTHER_S2PIR = rig.S2PIR ^ 0x4F << 56  # rwx and rwp give way to rx and x
 GRANULES = [(4 * K, 4 * K), (4 * K, 16 * K), (4 * K, 64 * K), (16 * K, 64 * K)]
 BASES = (0, 2 * M - 16 * K, 2 * M, 6 * M, 32 * M, 33 * M, 512 * M, 514 * M, G, G + 2 * M, 2 * G, 8 * G)
+VMIDS = (1, 2, 3)
 SLOTS = len(BASES)
 ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
 ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - 64 * K)
 VMALLS12, IPA, ALL = 0, 1, 5
+MODELS = {"interval-map": IntervalVM}
 
 
 class Pair:
     def __init__(
         self, granules=GRANULES[0], vcpus=1, populate=None, fwb=True, xnx=True, ha=True, contexts=3,
-        host_granule=4 * K, features=None, **engine,
+        host_granule=4 * K, features=None, shapes=({}, {}), high=False, attributes="architectural",
+        teardown="reverse-map", **engine,
     ):  # fmt: skip
+        """`shapes`: more about each of L1's two tables, for rig.Tables; `high`: addresses of 52 bits in L1's memory."""
         self.page = host_granule
-        self.data_end = DATA + DATA_PAGES * self.page
+        at = HIGH if high else 0
+        self.ram, self.data, self.huge = at + RAM, at + DATA, at + HUGE
+        self.data_end = self.data + DATA_PAGES * self.page
+        self.odd_targets = [at + target for target in ODD_TARGETS]
         self.ours, self.theirs = s2shadow.GuestMemory(), Memory()
-        self.add(RAM, RAM_END - RAM)
-        self.add(DEVICE, 2 * M, device=True)
-        self.ours.add(ROM, buffer=bytes(M), readonly=True)
-        self.theirs.add(ROM, M, readonly=True)
+        self.add(self.ram, RAM_END - RAM)
+        self.add(at + DEVICE, 2 * M, device=True)
+        self.ours.add(at + ROM, buffer=bytes(M), readonly=True)
+        self.theirs.add(at + ROM, M, readonly=True)
         options = {"fwb": fwb, "xnx": xnx, "host_granule": host_granule}
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
         options |= features or {}
-        size = {"vcpus": vcpus, "contexts": contexts}
-        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), **size, **engine)
-        self.model = VM(self.theirs, Features(**options), **size)
+        size = {"vcpus": vcpus, "contexts": contexts, "attributes": attributes}
+        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), teardown=teardown, **size, **engine)
+        self.model = MODELS.get(teardown, VM)(self.theirs, Features(**options), **size)
+        self.pa_bits = self.model.features.pa_bits
+        self.host = HOST_OF_PA_BITS[self.pa_bits]
+        self.normal = 0b0110 if fwb else 0b1111
         self.vcpus = vcpus
-        self.tables = [
-            rig.Tables(self.ours.read64, self.write64, TABLES + 256 * M * n, granule, vtcr=ha << 21)
-            for n, granule in enumerate(granules)
-        ]
+        self.tables = [self.new_tables(n, granules[n], vtcr=ha * rig.HA | more.pop("vtcr", 0), **more)
+                       for n, more in enumerate(map(dict, shapes))]  # fmt: skip
         if populate:
-            self.vm.host.populate = s2shadow.Linear(offset=HOST, max_block=populate)
-            self.model.populate = Linear(HOST, populate)
+            self.vm.host.populate = s2shadow.Linear(offset=self.host, max_block=populate)
+            self.model.populate = Linear(self.host, populate)
         else:
-            self.do_host_map(DATA, HOST + DATA, DATA_PAGES * self.page)
-        self.do_host_map(ROM, HOST + ROM, 2 * M)
+            self.do_host_map(self.data, self.host + self.data, DATA_PAGES * self.page)
+        self.do_host_map(at + ROM, self.host + at + ROM, 2 * M)
+        if self.pa_bits > 40 and any(tables.wide for tables in self.tables):
+            size = HUGE_SIZE[max(granules)]
+            self.add(self.huge, size)
+            self.do_host_map(self.huge, self.host + self.huge, max(s for s in self.model.sizes if s <= size))
         for n in range(vcpus):
             self.load(n, 1, 0)
         self.seen = self.held()
@@ -59,6 +77,10 @@ class Pair:
     def add(self, start, size, **kind):
         self.ours.add(start, size, **kind)
         self.theirs.add(start, size, **kind)
+
+    def new_tables(self, n, granule, **shape):
+        pool = self.ram + 256 * M * n
+        return rig.Tables(self.ours.read64, self.write64, pool, granule, limit=self.pa_bits, **shape)
 
     def write64(self, address, word):
         """L1's software writes."""
@@ -73,24 +95,26 @@ class Pair:
     def target(self, page):
         """Where L1's leaf points: into the data, or once in a while where there is none."""
         odd = DATA_PAGES - 1 - page
-        return ODD_TARGETS[odd] if odd < len(ODD_TARGETS) else DATA + page * self.page
+        return self.odd_targets[odd] if odd < len(self.odd_targets) else self.data + page * self.page
 
     def range(self, page, length):
-        start = DATA + page * self.page
+        start = self.data + page * self.page
         return start, min(start + length * self.page, self.data_end)
 
     def log_range(self, page, length):
         """The longest stands for everything, L1's tables too."""
-        return (RAM, self.data_end) if length == DATA_PAGES else self.range(page, length)
+        return (self.ram, self.data_end) if length == DATA_PAGES else self.range(page, length)
 
     # vCPUs
 
-    def load(self, n, vmid, table, on=True):
+    def load(self, n, vmid, table, on=True, hcr=0):
+        """`hcr`: more bits than VM, and FWB for table 1. VMID 3 has an S2PIR of its own."""
         n %= self.vcpus
         tables = self.tables[table]
-        hcr = (HCR_VM if on else 0) | (HCR_FWB if table else 0)
-        index = self.vm.vcpus[n].load(tables.vttbr(vmid), tables.vtcr, hcr=hcr).index
-        assert index == self.model.load(n, tables.vttbr(vmid), tables.vtcr, hcr)
+        hcr |= (HCR_VM if on else 0) | (HCR_FWB if table else 0)
+        more = {"hcr": hcr, "big_endian": tables.big_endian, "s2pir": OTHER_S2PIR if vmid == 3 else rig.S2PIR}
+        index = self.vm.vcpus[n].load(tables.vttbr(vmid), tables.vtcr, **more).index
+        assert index == self.model.load(n, tables.vttbr(vmid), tables.vtcr, **more)
 
     def put(self, n):
         n %= self.vcpus
@@ -123,26 +147,60 @@ class Pair:
 
     # L1
 
-    def l1_map(self, table, ipa, level, page, perm="rwx", memattr=15, sh=3, young=True, tlbi=False):
+    def l1_map(self, table, ipa, level, page, perm="rwx", memattr=15, sh=3, young=True, tlbi=False, clean=False):
         tables = self.tables[table]
         level = max(level, tables.start)
         cipa = self.target(page) & -tables.size(level)
-        tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young))
+        had_table = self.has_table(tables, ipa, level)
+        tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young), clean=clean)
+        self.after_edit(ipa, had_table, tlbi)
+
+    def has_table(self, tables, ipa, level):
+        return level < 3 and tables.get(tables.slot(ipa, level)) & 3 == 3
+
+    def after_edit(self, ipa, had_table, tlbi):
+        """A vCPU may remember L1's tables, as hardware's walk caches do: where one went, L1 must say so, under every
+        VMID that uses the table. Leaves may wait: the model knows what the shadows hold of them."""
+        for vmid in VMIDS if had_table else VMIDS[:tlbi]:
+            self.tlbi_ipa(0, ipa, vmid)
+
+    def l1_clean(self, table, ipa, tlbi=True):
+        """L1 takes the dirty state back, as it does while it migrates L2."""
+        tables = self.tables[table]
+        where = tables.slot(ipa, 3)
+        desc = tables.get(where)
+        if desc & 3 == 3:
+            tables.set(where, desc & ~rig.DIRTY | (0 if tables.s2pie else rig.DBM))
         if tlbi:
             self.tlbi_ipa(0, ipa, 1)
+
+    def l1_map_huge(self, table, n, perm="rwx", to_huge=True):
+        """A block of 512 GiB, 64 GiB or 4 TiB, where L1's format has it: over memory as large, or over all the rest."""
+        tables = self.tables[table]
+        level = HUGE_LEVEL[tables.granule]
+        if tables.wide and level >= tables.start:
+            size = tables.size(level)
+            had_table = self.has_table(tables, size * (1 + n), level)
+            tables.map(size * (1 + n), (self.huge if to_huge else self.data) & -size, level, perm=perm)
+            self.after_edit(size * (1 + n), had_table, False)
+
+    def huge_ipa(self, table, n, at):
+        """`at` is an address inside."""
+        return HUGE_SIZE[self.tables[table].granule] * (1 + n) + at % HUGE_SIZE[self.tables[table].granule]
 
     def l1_map_run(self, table, ipa, page, perm="rwx"):
         tables = self.tables[table]
         first = page * self.page // tables.granule
         for n in range(8):
-            offset = (first + n) * tables.granule % (self.data_end - DATA)
-            tables.map(ipa + n * tables.granule, DATA + offset, 3, perm=perm)
+            offset = (first + n) * tables.granule % (self.data_end - self.data)
+            tables.map(ipa + n * tables.granule, self.data + offset, 3, perm=perm)
 
     def l1_unmap(self, table, ipa, level, tlbi=False):
         tables = self.tables[table]
-        tables.unmap(ipa, max(level, tables.start))
-        if tlbi:
-            self.tlbi_ipa(0, ipa, 1)
+        level = max(level, tables.start)
+        had_table = self.has_table(tables, ipa, level)
+        tables.unmap(ipa, level)
+        self.after_edit(ipa, had_table, tlbi)
 
     def tlbi(self, n, op, vmid):
         regs = self.registers(vmid)
@@ -160,17 +218,21 @@ class Pair:
 
     # the host
 
-    def do_host_map(self, cipa, pa, size, perm="rwx"):
-        memattr = 0b0110 if self.model.features.fwb else 0b1111
-        got = self.vm.host.map(cipa, pa, size, perm)
+    def do_host_map(self, cipa, pa, size, perm="rwx", memattr=None):
+        memattr = self.normal if memattr is None else memattr
+        got = self.vm.host.map(cipa, pa, size, perm, memattr)
         assert got.leaves == self.model.host_map(cipa, pa, size, perm, memattr)
 
-    def host_map(self, page, length, shift=0, perm="rwx"):
+    def host_map(self, page, length, shift=0, perm="rwx", memattr=None):
         start, end = self.range(page, length)
-        self.do_host_map(start, HOST + start + shift * self.page, end - start, perm)
+        self.do_host_map(start, self.host + start + shift * self.page, end - start, perm, memattr)
 
     def host_map_gigabyte(self):
-        self.do_host_map(DATA, HOST + DATA, G)
+        self.do_host_map(self.data, self.host + self.data, G)
+
+    def host_map_huge(self):
+        if self.theirs.region(self.huge):
+            self.do_host_map(self.huge, self.host + self.huge, self.model.sizes[-1])
 
     def unmap(self, page, length, partial="split"):
         start, end = self.range(page, length)
@@ -178,7 +240,8 @@ class Pair:
         assert got.leaves == self.model.unmap(start, end, partial or "split")
 
     def unmap_all(self):
-        assert self.vm.unmap(0, 1 << 48).leaves == self.model.unmap(0, 1 << 48)
+        everything = 0, 1 << self.pa_bits
+        assert self.vm.unmap(*everything).leaves == self.model.unmap(*everything)
 
     def protect(self, page, length, perm):
         start, end = self.range(page, length)
@@ -214,7 +277,8 @@ class Pair:
         self.check_host()
         self.check_tables()
         self.check_owed()
-        self.check_reverse(range(DATA, self.data_end, 509 * self.page))
+        self.check_intervals()
+        self.check_reverse(range(self.data, self.data_end, 509 * self.page))
         self.vm.check()
 
     def check_shadows(self):
@@ -236,6 +300,12 @@ class Pair:
         stats = self.vm.stats
         assert stats.installed - stats.removed == stats.live == sum(len(c.leaves) for c in self.model.contexts)
 
+    def check_intervals(self):
+        """What the contexts' interval maps know and have forgotten, where there are any."""
+        if self.vm.teardown == "interval-map":
+            for ctx in self.vm.contexts:
+                assert self.vm.intervals(ctx.index).tolist() == self.model.contexts[ctx.index].ranges.rows()
+
     def check_host(self):
         rows = self.vm.host.leaves()[["cipa", "pa", "size", "perm", "memattr"]].tolist()
         assert rows == [(b, h.pa, h.size, h.now, h.memattr) for b, h in sorted(self.model.host.items())]
@@ -248,6 +318,40 @@ class Pair:
         for page in pages:
             rows = self.vm.reverse(page)[["context", "ipa", "size"]].tolist()
             assert sorted(rows) == self.model.reverse(page)
+
+    def check_hardware(self):
+        """The tables, walked by another walker under the registers that go with them: leaf by leaf what the model has,
+        with hardware's eyes. The canonical table has the shape of a shadow made while L1's stage 2 is off."""
+        for ctx in self.vm.contexts:
+            mem = self.outside(ctx.index)
+            cfg = Config(ctx.host_vttbr, ctx.host_vtcr, self.model.features, ctx.host_hcr)
+            assert cfg.fault is None and cfg.vmid == ctx.host_vmid
+            self.check_leaves(mem, cfg, self.model.contexts[ctx.index].leaves)
+            if not ctx.enabled:
+                root = self.vm.tables()[0][0].item()
+                vttbr = root & 0xFFFF_FFFF_FFFF | root >> 48 << 2
+                cfg = Config(vttbr, ctx.host_vtcr, self.model.features, ctx.host_hcr)
+                self.check_leaves(self.outside(None), cfg, self.model.host)
+
+    def check_leaves(self, mem, cfg, leaves):
+        every = 1 + len(leaves) // 500
+        for ipa, leaf in sorted(leaves.items())[::every]:
+            offset = leaf.size // 2 + 8
+            found = walk(mem, cfg, ipa + offset, 0, update=False)
+            perm = leaf.now if isinstance(leaf, HostLeaf) else leaf.perm
+            assert found.fault is None or not leaf.young and found.fault[0] == "access"
+            if leaf.young:
+                got = found.pa, found.size, found.perm, found.memattr, found.contiguous
+                assert got == (leaf.pa + offset, leaf.size, perm, leaf.memattr, 0)
+                assert found.sh == getattr(leaf, "sh", 3)
+            after = ipa + leaf.size
+            if after not in leaves and after >> cfg.ia_bits == 0:
+                assert walk(mem, cfg, after, 0, update=False).fault[0] == "translation"
+
+    def outside(self, index):
+        """What a walker that has only the engine's table reads."""
+        addresses, pages = self.vm.tables(index)
+        return Outside(dict(zip(addresses.tolist(), pages.view("<u8"), strict=True)), self.page)
 
     def check_owed(self):
         """Every leaf that went, moved or lost a permission since the last time is covered by what is owed."""
@@ -265,6 +369,17 @@ class Pair:
             for ctx in self.vm.contexts
             for ipa, size, pa, perm in self.vm.shadow(ctx.index)[["ipa", "size", "pa", "perm"]].tolist()
         }
+
+
+class Outside:
+    """Table pages as another machine sees them."""
+
+    def __init__(self, pages, size):
+        self.pages, self.size = pages, size
+
+    def read(self, address):
+        page = self.pages.get(address & -self.size)
+        return None if page is None else int(page[address % self.size // 8])
 
 
 class Loose(Pair):
@@ -306,9 +421,9 @@ class Loose(Pair):
         self.vm.vcpus[n % self.vcpus].tlbi("IPAS2E1IS", ipa >> 12, hcr=HCR_VM, **self.registers(vmid))
         self.model.tlbi_ipa(address=ipa, **self.registers(vmid))
 
-    def do_host_map(self, cipa, pa, size, perm="rwx"):
-        memattr = 0b0110 if self.model.features.fwb else 0b1111
-        self.vm.host.map(cipa, pa, size, perm)
+    def do_host_map(self, cipa, pa, size, perm="rwx", memattr=None):
+        memattr = self.normal if memattr is None else memattr
+        self.vm.host.map(cipa, pa, size, perm, memattr)
         self.model.host_map(cipa, pa, size, perm, memattr)
 
     def unmap(self, page, length, partial="split"):
@@ -317,8 +432,8 @@ class Loose(Pair):
         self.model.unmap(start, end, partial or "split")
 
     def unmap_all(self):
-        self.vm.unmap(0, 1 << 48)
-        self.model.unmap(0, 1 << 48)
+        self.vm.unmap(0, 1 << self.pa_bits)
+        self.model.unmap(0, 1 << self.pa_bits)
 
     def protect(self, page, length, perm):
         start, end = self.range(page, length)

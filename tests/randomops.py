@@ -1,6 +1,8 @@
 """A seeded stream of operations on a lockstep.Pair: what L2, L1 and the host do, so that shadows stay full."""
 
-from lockstep import ALIASES, DATA, DATA_PAGES, SLOTS
+from lockstep import ALIASES, DATA_PAGES, SLOTS
+from rig import MRO
+from s2shadow import HCR_CD, HCR_PTW
 
 PERMS = ("r", "rw", "rx", "rwx", "rwx", "rwx", "w", "rp", "ru", "")
 HOST_PERMS = ("rwx", "rwx", "rwx", "rw", "rx", "r")
@@ -18,7 +20,7 @@ def fault(rng, pair):
 
 
 def fault_canonical(rng, pair):
-    pair.fault(rng.randrange(2), DATA + rng.randrange(DATA_PAGES) * pair.page, rng.choice(ACCESSES))
+    pair.fault(rng.randrange(2), pair.data + rng.randrange(DATA_PAGES) * pair.page, rng.choice(ACCESSES))
 
 
 def batch(rng, pair):
@@ -121,6 +123,92 @@ WEIGHTS = {
 
 
 QUIET = {**WEIGHTS, l1_map: 4, l1_map_run: 12, l1_unmap: 1, tlbi: 1, tlbi_ipa: 10}  # L1 seldom edits its tables
+
+
+# What 52-bit addresses, hardware dirty state, permission indirection and the attribute controls add
+
+
+def fault_near(rng, pair):
+    """Where L1 maps most, once or twice; stage-1 walks too."""
+    ipa = pair.ipa(rng.randrange(SLOTS), rng.randrange(12))
+    access = rng.choice((1, 1, 2, 2, 2, 3, 4, 4 | 8, 1 | 16, 2 | 16, 2 | 16))
+    n = rng.randrange(2)
+    pair.fault(n, ipa, access)
+    if rng.random() < 0.4:
+        pair.fault(n, ipa + 8 * rng.randrange(100), rng.choice((access, 1, 2)))
+
+
+def mmu_write(rng, pair):
+    """Stage-1 tables where only the MMU may write: it updates a descriptor, somebody else tries."""
+    ipa, table = pair.ipa(rng.randrange(SLOTS), rng.randrange(12)), rng.randrange(2)
+    pair.load(0, rng.randrange(1, 3), table)
+    pair.l1_map(table, ipa, 3, rng.randrange(DATA_PAGES - 8), MRO, young=rng.random() < 0.5, clean=rng.random() < 0.5)
+    for access in rng.sample((2 | 16, 1 | 16, 2, 1, 3 | 16), 4):
+        pair.fault(0, ipa, access)
+
+
+def fault_huge(rng, pair):
+    """Inside huge blocks: over the memory that is as large, or over the data wherever it lies in the block."""
+    inside = rng.choice((0, pair.data, pair.data, pair.data + 512 * pair.page, rng.getrandbits(45) & -pair.page))
+    ipa = pair.huge_ipa(rng.randrange(2), rng.randrange(2), inside + rng.randrange(512) * pair.page)
+    pair.fault(rng.randrange(2), ipa, rng.choice((1, 2, 4)))
+
+
+def load_more(rng, pair):
+    hcr = rng.choice((0, 0, HCR_CD)) | rng.choice((0, HCR_PTW))
+    pair.load(rng.randrange(2), rng.randrange(1, 4), rng.randrange(2), rng.random() < 0.9, hcr)
+
+
+def l1_map_more(rng, pair):
+    """Writable-clean pages, pages that only the MMU may write, and memory of every type."""
+    slot, offset, table = rng.randrange(SLOTS), rng.randrange(12), rng.randrange(2)
+    level, page = rng.choice((*[3] * 20, 2, 2, 1)), rng.randrange(DATA_PAGES)
+    perm, memattr = rng.choice((*PERMS, *["rwx"] * 8, "rw", "w", MRO, MRO)), rng.choice((15, 15, rng.randrange(16)))
+    sh, young, clean = rng.choice((3, 2, 1, 0)), rng.random() < 0.8, rng.random() < 0.6
+    pair.l1_map(table, pair.ipa(slot, offset), level, page, perm, memattr, sh, young, rng.random() < 0.7, clean)
+
+
+def l1_fill(rng, pair):
+    """Twelve pages at the start of a slot, so that what was unmapped or turned into a block comes back."""
+    slot, table = rng.randrange(SLOTS), rng.randrange(2)
+    for offset in range(12):
+        perm = rng.choice((*PERMS, *["rwx"] * 10, MRO, MRO, MRO))
+        pair.l1_map(table, pair.ipa(slot, offset), 3, rng.randrange(DATA_PAGES - 8), perm, clean=rng.random() < 0.5)
+
+
+def l1_clean(rng, pair):
+    pair.l1_clean(rng.randrange(2), some_ipa(rng, pair), rng.random() < 0.7)
+
+
+def l1_map_huge(rng, pair):
+    pair.l1_map_huge(rng.randrange(2), rng.randrange(2), rng.choice(PERMS), rng.random() < 0.7)
+
+
+def host_map_memattr(rng, pair):
+    pair.host_map(rng.randrange(DATA_PAGES), rng.choice(LENGTHS), memattr=rng.choice((None, *range(16))))
+
+
+def host_map_huge(rng, pair):
+    pair.host_map_huge()
+
+
+MORE = {
+    **{operation: weight // 4 for operation, weight in WEIGHTS.items() if weight >= 4},
+    fault_near: 600,
+    fault_huge: 50,
+    mmu_write: 15,
+    load_more: 40,
+    l1_map_more: 100,
+    l1_map: 10,
+    l1_unmap: 2,
+    l1_fill: 40,
+    l1_clean: 40,
+    l1_map_huge: 20,
+    host_map_memattr: 8,
+    host_map_huge: 3,
+    log_dirty: 10,
+    dirty_log: 15,
+}
 
 SPLITTING = (host_map, unmap, protect)  # where these cannot allocate, a host block goes
 TIGHT = {operation: weight for operation, weight in QUIET.items() if operation not in SPLITTING}

@@ -27,7 +27,8 @@ def random_features(rng):
         "xnx": rng.random() < 0.7,
         "fwb": rng.random() < 0.7,
         "ttst": rng.random() < 0.7,
-        "hafdbs": rng.choice((0, 1, 1, 2)),
+        "hafdbs": rng.choice((0, 1, 2, 2)),
+        "s2pie": rng.random() < 0.4,
         "vmid_bits": rng.choice((8, 16)),
         "bbm": rng.random() < 0.3,
     }
@@ -42,18 +43,19 @@ def random_vtcr(rng, feat):
     shift = page + (page - 3) * (3 - start)
     largest = min(52 if ds or granule == 65536 else 48, feat["pa_bits"], shift + page + 1)
     ia = rng.randint(min(shift + 1, largest), largest)
-    vtcr = (64 - ia) | SL0[granule][start] << 6 | TG0[granule] << 14 | rng.choice((0, 1, 2, 5, 5, 5, 6, 6, 7)) << 16
+    vtcr = (64 - ia) | SL0[granule][start] << 6 | TG0[granule] << 14 | rng.choice((0, 1, 2, 5, 5, 5, 6, 6, 6, 6, 7)) << 16
+    vtcr |= (rng.random() < 0.6) << 36
     vtcr |= rng.getrandbits(6) << 8 | rng.getrandbits(4) << 19 | ds << 32 | (start == -1) << 33
     return vtcr ^ (rng.getrandbits(36) & 0x3_0078_FFFF if rng.random() < 0.15 else 0)
 
 
 def random_registers(rng, feat):
-    """VTTBR, VTCR and HCR."""
+    """VTTBR, VTCR, HCR and S2PIR."""
     place = rng.choice((RAM,) * 12 + (READ_ONLY, DEVICE, 0, HIGH))
     base = place + (rng.randrange(POOL // 2) & ~0x3F if rng.random() < 0.5 else 0)
     vttbr = base & ((1 << 48) - 1) | (base >> 48) << 2 | rng.getrandbits(16) << 48 | rng.getrandbits(1)
     hcr = rng.choice((1, 1, 1, 1, 1, 1 << 12, 0)) | rng.choice((0, model.FWB)) | rng.choice((0, model.HCR_PTW))
-    return vttbr, random_vtcr(rng, feat), hcr
+    return vttbr, random_vtcr(rng, feat), hcr, rng.choice((0xFEDC_BA98_7654_3210, rng.getrandbits(64)))
 
 
 def random_address(rng, bits):
@@ -76,7 +78,7 @@ def put_address(cfg, address):
 
 def random_leaf(rng, cfg, level):
     """Most are young, some contiguous, some with bits that a careful L1 would not set."""
-    address = rng.getrandbits(rng.choice((31, 36, 44, 48, 52)))
+    address = rng.getrandbits(rng.choice((31, 36, 44, 48, 52, *[cfg.oa_bits] * 8)))
     flags = rng.getrandbits(64) & 0xFFF8_0000_0000_03FC
     flags |= 0 if rng.random() < 0.25 else 0x400
     flags &= ~(1 << 52) if rng.random() < 0.7 else -1
@@ -97,7 +99,8 @@ def random_descriptor(rng, cfg, level):
         return rng.getrandbits(64) & ~1
     if level == 3 or rng.random() < 0.2:
         return random_leaf(rng, cfg, level)
-    where = rng.choice((RAM,) * 30 + (READ_ONLY, READ_ONLY, DEVICE, HIGH, 0x7000_0000))
+    high = (HIGH,) * 30 if cfg.oa_bits == 52 else (HIGH,)
+    where = rng.choice((RAM,) * 50 + high + (READ_ONLY, READ_ONLY, DEVICE, 0x7000_0000))
     noise = rng.getrandbits(64) & 0xFFF8_0000_0000_00FC if rng.random() < 0.2 else 0
     return put_address(cfg, where + rng.randrange(POOL)) | noise | 3
 

@@ -84,9 +84,8 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert info.value.code == 0
     out = capsys.readouterr().out
-    assert "storm" in out and "walk" in out and "tlbi" in out
-    for later in ("replay", "dump", "diff", "sweep"):
-        assert later not in out
+    for command in ("storm", "walk", "dump", "diff", "tlbi", "sweep", "replay"):
+        assert f"\n    {command} " in out
 
 
 def test_no_command_prints_help(run):
@@ -106,7 +105,8 @@ def test_module_and_exit_code():
 
 def test_help_does_not_load_what_it_does_not_need():
     code = "import sys; from s2shadow.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n" \
-           "print([m for m in ('rich', 'matplotlib', 's2shadow.storm', 's2shadow.report') if m in sys.modules])"
+           "heavy = 'rich', 'matplotlib', 's2shadow.storm', 's2shadow.report', 's2shadow.ranges'" \
+           "\nprint([m for m in heavy if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("[]\n")
 
@@ -155,7 +155,8 @@ def test_reader_that_goes_away():
     (["storm", "--synthetic", "--pages", "999999999"], "exceed the 40-bit IPA space"),
     (["storm", "--synthetic", "--contexts", "65536"], "contexts must be at most 65534 with 16-bit VMIDs, got 65536"),
     (["storm", "--synthetic", "--contexts", "60000", "--pages", "1000000"], "GiB, this machine has"),
-    (["storm", "--teardown", "prayer"], "no policy 'prayer'; there are reverse-map, blow-away, blow-away-lean"),
+    (["storm", "--teardown", "prayer"],
+     "no policy 'prayer'; there are reverse-map, interval-map, blow-away, blow-away-lean"),
     (["storm", "--teardown", ","], "--teardown names no policy"),
     (["storm", "--tlbi", "loose"], "argument --tlbi: invalid choice: 'loose'"),
     (["storm", "--seed", "-1"], "argument --seed: must be at least 0, got -1"),
@@ -280,7 +281,7 @@ def test_walk_tables_of_nested_captures(run):
 @pytest.mark.parametrize("snapshot", [LINUX, NESTED, CAPTURES / "c_storm_lpa2_7.2" / "10_final",
                                       CAPTURES / "a_storm_max_7.2" / "10_final"], ids=lambda p: p.parent.name)
 def test_explain_ends_where_walk_ended(snapshot):
-    """The levels that are shown are read on their own; they must lead to the descriptor that the walk read."""
+    """Traced and untraced, a walk is the same; its last level is the descriptor that it read, decoded on its own."""
     mem = s2.GuestMemory()
     rng = np.random.default_rng(3)
     for vm in mem.load_tables(snapshot).vms:
@@ -289,11 +290,13 @@ def test_explain_ends_where_walk_ended(snapshot):
         wild = rng.integers(0, 1 << cfg.ia_bits, 50, dtype=np.uint64)
         for ipa in [*rng.choice(mapped, 50).tolist(), *wild.tolist()]:
             found = s2.walk(mem, cfg, ipa, update=False)
-            steps = report.explain(mem, cfg, found)
-            assert (steps[-1]["address"], steps[-1]["desc"]) == (found.desc_addr, found.desc)
-            assert steps[-1]["level"] == found.level
+            traced = s2.walk(mem, cfg, ipa, update=False, trace=True)
+            assert repr(traced) == repr(found) and found.steps == () == found.notes
+            last = traced.steps[-1]
+            assert (last.address, last.desc) == (found.desc_addr, found.desc)
+            assert last.level == found.level
             if not found.status:
-                assert steps[-1]["output"] == found.pa & -found.size
+                assert last.output == found.pa & -found.size
 
 
 def test_explain_unreadable_and_illegal():
@@ -302,11 +305,11 @@ def test_explain_unreadable_and_illegal():
     mem.add(0x1000_0000, 0x2000)
     mem.write64(0x1000_0000, 0x7000_0003)
     cfg = s2.Stage2Config(0x1000_0000, 0x802D3558)
-    lines = [line.text for line in report.explain_lines(mem, cfg, s2.walk(mem, cfg, 0, update=False))]
+    lines = [line.text for line in report.explain_lines(cfg, s2.walk(mem, cfg, 0, update=False, trace=True))]
     assert lines[1] == "L2  0x70000000[  0] = no RAM there"
     assert lines[2].startswith("0x0   external abort on table walk, level 2")
     cfg = s2.Stage2Config(0x1000_0000, 0x80000000)
-    lines = [line.text for line in report.explain_lines(mem, cfg, s2.walk(mem, cfg, 0, update=False))]
+    lines = [line.text for line in report.explain_lines(cfg, s2.walk(mem, cfg, 0, update=False, trace=True))]
     assert lines == ["0x0   translation fault, level 0 (FSC 0x04)"]
     assert report.config_line(cfg).endswith("every walk ends in a translation fault, level 0")
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 import randomops
-from lockstep import DATA, DATA_PAGES, GRANULES, K, Loose, M, Pair
+from lockstep import DATA_PAGES, GRANULES, K, Loose, M, Pair
 
 LONG = 20 if os.environ.get("S2SHADOW_LONG") == "1" else 1
 CHECK_EVERY = 10_000
@@ -32,7 +32,7 @@ def compare_reverse(pair, rng):
     """vm.reverse of many pages is what the scan finds."""
     found, large = scan(pair.vm, pair.page)
     pages = rng.sample(sorted(found), min(100, len(found)))
-    pages += [DATA + rng.randrange(DATA_PAGES) * pair.page for _ in range(20)]
+    pages += [pair.data + rng.randrange(DATA_PAGES) * pair.page for _ in range(20)]
     for page in pages:
         over = [(index, ipa, size) for cipa, index, ipa, size in large if cipa <= page < cipa + size]
         rows = pair.vm.reverse(page)[["context", "ipa", "size"]].tolist()
@@ -50,6 +50,7 @@ def observer(pair, rng, done):
             pair.check_shadows()
             pair.check_host()
             pair.check_owed()
+            pair.check_intervals()
         if n % (8 * COMPARE_EVERY) == 0:
             pair.check_tables()
             compare_reverse(pair, rng)
@@ -79,6 +80,20 @@ def test_host_granules(host_granule):
     pair = Pair(vcpus=2, contexts=4, **options)
     randomops.run(rng, pair, 3_000 * LONG, observer(pair, rng, done))
     end_empty(pair, options)
+
+
+def test_interval_map():
+    """Under the interval map the model says which leaves go, and what each context still knows. Those that it forgot
+    cost whole contexts."""
+    rng, done, unknown = random.Random(3), Counter(), 0
+    for options in MACHINES:
+        options = {**options, "teardown": "interval-map"}
+        pair = Pair(vcpus=2, contexts=4, **options)
+        randomops.prefill(rng, pair)
+        randomops.run(rng, pair, 8_000 * LONG // len(MACHINES), observer(pair, rng, done), randomops.QUIET)
+        unknown += pair.vm.stats.unknown_unmaps
+        end_empty(pair, options)
+    assert unknown > 20
 
 
 @pytest.mark.parametrize("teardown", ["blow-away", "blow-away-lean"])

@@ -32,9 +32,10 @@ class Lockstep(RuleBasedStateMachine):
         fwb=st.booleans(),
         xnx=st.booleans(),
         ha=st.booleans(),
+        teardown=st.sampled_from(["reverse-map", "reverse-map", "interval-map"]),
     )
-    def start(self, granules, vcpus, populate, fwb, xnx, ha):
-        self.pair = lockstep.Pair(granules, vcpus, populate, fwb, xnx, ha)
+    def start(self, granules, vcpus, populate, fwb, xnx, ha, teardown):
+        self.pair = lockstep.Pair(granules, vcpus, populate, fwb, xnx, ha, teardown=teardown)
 
     vcpu = st.integers(0, 1)
 
@@ -53,7 +54,7 @@ class Lockstep(RuleBasedStateMachine):
     @rule(n=vcpu, page=PAGES, access=ACCESS)
     def fault_canonical(self, n, page, access):
         """An address that means something with stage 2 off."""
-        self.pair.fault(n, lockstep.DATA + page * self.pair.page, access)
+        self.pair.fault(n, self.pair.data + page * self.pair.page, access)
 
     @rule(n=vcpu, slots=st.lists(st.integers(0, SLOTS * 8 - 1), max_size=20), access=ACCESS)
     def batch(self, n, slots, access):
@@ -124,4 +125,4 @@ class Lockstep(RuleBasedStateMachine):
 
 
 TestLockstep = Lockstep.TestCase
-TestLockstep.settings = settings(max_examples=1000 if LONG else 100, stateful_step_count=50, deadline=None)
+TestLockstep.settings = settings(max_examples=1200 if LONG else 120, stateful_step_count=50, deadline=None)

@@ -346,3 +346,20 @@ def test_in_use_by_an_engine(mem):
     gc.collect()
     mem.remove(0x1000)
     mem.remove(0x8000)
+
+
+def test_engine_in_a_cycle(mem):
+    """An embedder that holds the engine and a vCPU, and is its populate: the collector frees it all the same."""
+
+    class Embedder:
+        def __init__(self, vm):
+            self.vm, self.vcpu = vm, vm.vcpus[0]
+            vm.host.populate = self.populate
+
+        def populate(self, cipa, access):
+            return None
+
+    mem.add(0x1000, PAGE)
+    Embedder(s2shadow.NestedVM(mem))
+    gc.collect()
+    mem.remove(0x1000)

@@ -13,6 +13,8 @@ from s2shadow import HIT, HOST_FAULT, L1_FAULT, MAPPED, READ, RETRY, WRITE
 PAGES = 2048
 FINE = {HIT, MAPPED, RETRY}
 
+by_range = pytest.mark.parametrize("teardown", ["reverse-map", "interval-map"])  # those whose removals find their leaves
+
 
 def together(*jobs):
     """Runs the jobs at once; the first exception of any comes out."""
@@ -61,9 +63,10 @@ def faulting(r, n, rounds, access=WRITE, allowed=frozenset(FINE)):
     return job
 
 
-def test_faults_in_parallel():
+@by_range
+def test_faults_in_parallel(teardown):
     """Four vCPUs fill two shadows at once: each leaf once, right, and counted once."""
-    r = crowd(4)
+    r = crowd(4, teardown=teardown)
     together(*(faulting(r, n, 600, allowed=frozenset({HIT, MAPPED})) for n in range(4)))
     r.vm.check()
     stats = r.vm.stats
@@ -74,9 +77,10 @@ def test_faults_in_parallel():
         assert (rows["pa"] == HOST + DATA + rows["ipa"]).all()
 
 
-def test_unmap_against_faults():
+@by_range
+def test_unmap_against_faults(teardown):
     """While others fault, one unmaps and remaps: whatever is live at the end is what the host maps now."""
-    r = crowd(4)
+    r = crowd(4, teardown=teardown)
 
     def changer():
         rng = np.random.default_rng(99)
@@ -93,9 +97,10 @@ def test_unmap_against_faults():
             assert size > PAGE or cipa not in host or host[cipa] == pa
 
 
-def test_after_unmap_nothing_old():
+@by_range
+def test_after_unmap_nothing_old(teardown):
     """Once unmap has returned, no thread is answered with the old page."""
-    r = crowd(2)
+    r = crowd(2, teardown=teardown)
     stale, current = [], [HOST]
     stop = threading.Event()
 
@@ -120,9 +125,10 @@ def test_after_unmap_nothing_old():
     r.vm.check()
 
 
-def test_tlbi_against_faults():
+@by_range
+def test_tlbi_against_faults(teardown):
     """L1 edits and invalidates on one vCPU while others fault: after the TLBI the old leaf never comes back."""
-    r = crowd(3, contexts=6)
+    r = crowd(3, contexts=6, teardown=teardown)
     for n in range(3):
         r.load(1, n=n)
     where = r.tables.slot(7 * PAGE, 3)
@@ -149,9 +155,10 @@ def test_tlbi_against_faults():
     r.vm.check()
 
 
-def test_no_write_is_lost():
+@by_range
+def test_no_write_is_lost(teardown):
     """Writers and a dirty-log thread: every page written since the last report is reported in the end."""
-    r = crowd(4)
+    r = crowd(4, teardown=teardown)
     r.vm.log_dirty(RAM, RAM + 64 * M)
     written = [np.zeros(PAGES, dtype=bool) for _ in range(4)]
     reported = np.zeros(PAGES, dtype=bool)
@@ -216,9 +223,10 @@ def test_last_round_is_not_lost():
     r.vm.check()
 
 
-def test_everything_at_once():
+@by_range
+def test_everything_at_once(teardown):
     """Faults, context switches, unmaps, permissions, logging, aging, TLBIs and readers of the state, all at once."""
-    r = crowd(5, contexts=6)
+    r = crowd(5, contexts=6, teardown=teardown)
     allowed = frozenset({*FINE, HOST_FAULT, L1_FAULT})
 
     def switching(n):
@@ -264,6 +272,86 @@ def test_everything_at_once():
     r.vm.check()
     r.vm.unmap(0, 1 << 48)
     assert r.vm.stats.live == 0
+    r.vm.check()
+
+
+def test_unknown_ranges_in_parallel():
+    """Aliases make ranges UNKNOWN while others fault, switch contexts and invalidate: a host change still reaches every
+    leaf over the page, at every moment."""
+    r = crowd(4, contexts=5, teardown="interval-map")
+    for page in range(0, 512, 3):
+        r.tables.map((PAGES + page) * PAGE, DATA + page * PAGE)
+    stale = []
+
+    def toucher(n):
+        def job():
+            rng = np.random.default_rng(n)
+            for k in range(300):
+                r.load(1 + (n + k // 10) % 6, n=n)
+                pages = rng.integers(0, 512, 60)
+                pages[::2] = PAGES + pages[::2] // 3 * 3
+                kinds = r.vm.vcpus[n].fault_many(pages.astype(np.uint64) * PAGE, READ)["kind"]
+                assert set(kinds.tolist()) <= {*FINE, HOST_FAULT}
+
+        return job
+
+    def changer():
+        rng = np.random.default_rng(99)
+        for n in range(3000):
+            page = DATA + int(rng.integers(0, 512)) * PAGE
+            r.vm.unmap(page, page + PAGE)
+            if len(r.vm.reverse(page)):
+                stale.append(page)
+            r.vm.host.map(page, (2 + n % 2) * HOST + page, PAGE)
+            if n % 50 == 0:
+                r.vm.vcpus[3].tlbi("VMALLS12E1IS", vttbr=(1 + n // 50 % 6) << 48, vtcr=r.tables.vtcr)
+                r.vm.check()
+
+    together(changer, *(toucher(n) for n in range(3)))
+    assert stale == []
+    assert r.vm.stats.unknown_unmaps > 0 and r.vm.stats.contexts_recycled > 0
+    r.vm.check()
+    r.vm.unmap(0, 1 << 48)
+    assert r.vm.stats.live == r.vm.stats.rmap_bytes == 0
+
+
+@by_range
+@pytest.mark.parametrize("end", ["tlbi", "recycle"])
+def test_host_change_amid_a_long_removal(end, teardown):
+    """A context of many leaves is emptied in several sections. A host change that comes between two of them misses
+    nothing of what is still there."""
+    r = Rig(contexts=2, teardown=teardown)
+    r.vm.host.map(RAM, HOST + PAGE + RAM, 64 * M)  # by pages
+    r.tables.map_range(0, DATA, 62 * M, level=2)
+    ipas = np.arange(62 * M // PAGE, dtype=np.uint64) * PAGE
+    emptying, done = threading.Event(), threading.Event()
+
+    def emptier():
+        try:
+            for k in range(40):
+                r.load(1 + k if end == "recycle" else 1)
+                r.vm.vcpus[0].fault_many(ipas)
+                emptying.set()
+                if end == "recycle":
+                    r.load(1000 + k)
+                    r.load(2000 + k)
+                else:
+                    r.vm.vcpus[0].tlbi("VMALLS12E1IS")
+                emptying.clear()
+        finally:
+            done.set()
+
+    def changer():
+        rng = np.random.default_rng(3)
+        while not done.is_set():
+            if emptying.wait(0.01):
+                page = DATA + int(rng.integers(0, len(ipas))) * PAGE
+                r.vm.unmap(page, page + PAGE)
+                r.vm.check()  # also of a context that has no owner any more
+                r.vm.host.map(page, HOST + PAGE + page, PAGE)
+
+    together(emptier, changer)
+    assert r.vm.stats.invalidations > 40
     r.vm.check()
 
 

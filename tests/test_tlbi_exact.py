@@ -19,7 +19,7 @@ import s2shadow
 import tlbistep
 from lockstep import GRANULES
 from model.tlbi import HCR_E2H, HCR_TGE, OPERATIONS
-from rig import DATA, HOST, PAGE, RAM, G, K, M, Rig
+from rig import DATA, HOST, PAGE, RAM, TLBI_TG, G, K, M, Rig, single, span
 from s2shadow import HCR_VM, HIT, L1_FAULT, MAPPED, MISS, TLBI_OP_DTYPE, UndefinedInstruction
 from test_engine_stateful import Lockstep
 from tlbistep import TLBIS, TlbiPair
@@ -27,7 +27,6 @@ from tlbistep import TLBIS, TlbiPair
 LONG = os.environ.get("S2SHADOW_LONG") == "1"
 FEATURES = ({}, {"lpa2": True}, {"ttl": False})
 VMALLS12, IPA, VA, ASID, VMALL, ALL, VAA = range(7)
-TG = {4 * K: 1, 16 * K: 2, 64 * K: 3}
 
 
 # Against the model
@@ -125,14 +124,6 @@ def test_host_granules(host_granule):
 # By hand
 
 
-def single(address, granule=None, level=0):
-    return address >> 12 | (TG[granule] << 46 | level << 44 if granule else 0)
-
-
-def span(base, granule, scale=0, num=0, ttl=0):
-    return TG[granule] << 46 | scale << 44 | num << 39 | ttl << 37 | base >> granule.bit_length() - 1
-
-
 def fragments(granule, level, host_page=PAGE):
     """A rig whose only L1 leaf is backed by host pages, with some of its fragments faulted in."""
     r = Rig(granule=granule, host=False, contexts=4)
@@ -152,7 +143,7 @@ LEVELS = [(4 * K, 3), (4 * K, 2), (4 * K, 1), (16 * K, 3), (16 * K, 2), (64 * K,
 @pytest.mark.parametrize(("granule", "level"), LEVELS)
 def test_single_hint(granule, level):
     """All fragments of L1's leaf for any address in it with the right hint or none, none of them for another hint."""
-    usable = {(g, lev) for g in TG for lev in (1, 2, 3) if lev > 1 or g == 4 * K}
+    usable = {(g, lev) for g in TLBI_TG for lev in (1, 2, 3) if lev > 1 or g == 4 * K}
     for ttl in range(16):
         r, base, size, count = fragments(granule, level)
         hint = ({1: 4 * K, 2: 16 * K, 3: 64 * K}.get(ttl >> 2), ttl & 3)
@@ -172,7 +163,7 @@ def test_range_hint(granule, level):
             r, base, size, count = fragments(granule, level)
             page = 1 << 10 + 2 * (tg or 3)
             reserved = (tg, ttl) == (2, 1)
-            named = tg == TG[granule] and (ttl in (0, level) or reserved)
+            named = tg == TLBI_TG[granule] and (ttl in (0, level) or reserved)
             operand = tg << 46 | ttl << 37 | ((base + size) // page - 1)
             got = r.vcpu.tlbi("RIPAS2E1IS", operand)
             assert got.removed == got.required == (count if named else 0)

@@ -8,9 +8,9 @@ from hypothesis import settings
 import s2shadow
 from lockstep import GRANULES
 from model.tlbi import OPERATIONS
-from rig import DATA, HOST, PAGE, RAM, G, K, M, Rig
+from rig import DATA, HOST, PAGE, RAM, G, K, M, Rig, single, span
 from s2shadow import HCR_VM, MAPPED
-from test_tlbi_exact import COUNT, FEATURES, LONG, MIX, Tlbis, run_seeded, single, span
+from test_tlbi_exact import COUNT, FEATURES, LONG, MIX, Tlbis, run_seeded
 
 P = PAGE
 

@@ -640,6 +640,7 @@ PROOFS = {
     "each step, 64K": {"granules": (64 * K, 16 * K)},
     "each step, kvm72": {"tlbi": "kvm72"},
     "each step, kvm72, 16K": {"tlbi": "kvm72", "granules": (16 * K, 4 * K)},
+    "each step, interval-map": {"teardown": "interval-map"},
     "each step, blow-away": {"teardown": "blow-away"},
     "each step, blow-away-lean": {"teardown": "blow-away-lean"},
     "each step, recycling": {"contexts": 2},

@@ -18,10 +18,10 @@ class Twins:
 
     def __init__(self, rng):
         feat = tablegen.random_features(rng)
-        vttbr, vtcr, hcr = tablegen.random_registers(rng, feat)
+        vttbr, vtcr, hcr, s2pir = tablegen.random_registers(rng, feat)
         swap = rng.random() < 0.3
-        self.cfg = model.Config(vttbr, vtcr, model.Features(**feat), hcr, swap)
-        self.theirs = s2shadow.Stage2Config(vttbr, vtcr, s2shadow.Features(**feat), hcr=hcr, big_endian=swap)
+        self.cfg = model.Config(vttbr, vtcr, model.Features(**feat), hcr, swap, s2pir)
+        self.theirs = s2shadow.Stage2Config(vttbr, vtcr, s2shadow.Features(**feat), hcr, swap, s2pir)
         self.mem, self.ours = Memory(), s2shadow.GuestMemory()
         self.read_only = bytearray(tablegen.SMALL)
         for start, size, kind in tablegen.REGIONS:
@@ -42,12 +42,33 @@ class Twins:
     def check_tables(self):
         assert all(self.ours.read64(address) == word for address, word in self.mem.words.items())
 
-    def check_walk(self, ipa, access, update):
+    def check_walk(self, ipa, access, update, trace=False):
         want = model.walk(self.mem, self.cfg, ipa, access, update)
-        got = s2shadow.walk(self.ours, self.theirs, ipa, access, update)
+        got = s2shadow.walk(self.ours, self.theirs, ipa, access, update, trace=trace)
         assert {name: int(getattr(got, name)) for name in FIELDS} == as_dict(want)
         assert got.fault == want.text
+        steps = tuple(tuple(getattr(step, name) for name in model.Step._fields) for step in got.steps)
+        assert steps == (want.steps if trace else ())
         return want
+
+    def check_steps(self, ipa, access, update):
+        """The same walk over the model's memory, word by word."""
+        words, saved = dict(self.mem.words), dict(self.mem.words)
+        want = model.walk(self.mem, self.cfg, ipa, access, update)
+        step = s2shadow.walk_step(self.theirs, ipa, access, update)
+        while (request := step.request) is not None:
+            region = self.mem.region(request.address)
+            if region is None or region[2] == "device" or (region[2] and request.kind == "swap"):
+                step.abort()
+                continue
+            word = words.get(request.address, 0)
+            if request.kind == "swap":
+                assert request.expected == word
+                words[request.address] = request.desired
+            step.feed(word)
+        assert {name: int(getattr(step.result, name)) for name in FIELDS} == as_dict(want)
+        assert words == self.mem.words
+        self.mem.words = saved
 
 
 def as_dict(w):
@@ -65,14 +86,16 @@ def test_walk(rng):
     for ipa in ipas:
         tablegen.grow(rng, twins.mem, twins.cfg, ipa)
     twins.copy_tables()
-    found = [twins.check_walk(ipa, access, update=False) for ipa, access in zip(ipas, accesses, strict=True)]
+    found = [twins.check_walk(ipa, access, update=False, trace=True) for ipa, access in zip(ipas, accesses, strict=True)]
     twins.check_tables()
     batch = s2shadow.walk_many(
         twins.ours, twins.theirs, np.array(ipas, dtype=np.uint64), np.array(accesses, dtype=np.uint8), update=False
     )
     assert [{n: row[n].item() for n in FIELDS} for row in batch] == [as_dict(w) for w in found]
-    for ipa, access in zip(ipas, accesses, strict=True):
-        twins.check_walk(ipa, access, update=True)
+    for n, (ipa, access) in enumerate(zip(ipas, accesses, strict=True)):
+        twins.check_steps(ipa, access, update=False)
+        twins.check_steps(ipa, access, update=True)
+        twins.check_walk(ipa, access, update=True, trace=n % 2 == 1)
         twins.check_tables()
 
 

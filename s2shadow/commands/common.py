@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from s2shadow.capture import Capture, CapturedVM
 
 EXIT_OK, EXIT_FAULT, EXIT_USAGE = 0, 1, 2
+EXIT_DIFFERENT = 1
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141       # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 
 

@@ -19,6 +19,7 @@ from s2shadow.commands.common import (
     text_stream,
     write_output,
 )
+from s2shadow.constants import TEARDOWNS
 
 SYNTHETIC_ONLY = ("pages", "aliases", "block_mix")
 
@@ -45,7 +46,7 @@ def add(commands: Any) -> None:
     events.add_argument("--events", type=number(1), metavar="N", help="events under the reverse map (default 10000)")
     events.add_argument("--event-pages", type=number(1), metavar="P", help="pages per event (default 1)")
     events.add_argument("--teardown", action="extend", nargs="+", type=policy_list, metavar="POLICY",
-                        help="policies, in this order: reverse-map, blow-away, blow-away-lean (default: all)")
+                        help=f"policies, in this order: {', '.join(TEARDOWNS)} (default: all but interval-map)")
     events.add_argument("--tlbi", choices=("exact", "kvm72"),
                         help="extent of L1's TLBIs: the architecture's or Linux 7.2's (default exact)")
     events.add_argument("--seed", type=number(0), metavar="S", help="seed of the events and of the layout (default 1)")
@@ -57,12 +58,10 @@ def add(commands: Any) -> None:
 
 
 def policy_list(text: str) -> list[str]:
-    from s2shadow.storm import POLICIES
-
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
-        if name not in POLICIES:
-            raise argparse.ArgumentTypeError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
+        if name not in TEARDOWNS:
+            raise argparse.ArgumentTypeError(f"no policy {name!r}; there are {', '.join(TEARDOWNS)}")
     return names
 
 

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     vm = choose_vm(capture, options.vm)
     cfg = vm.config()
-    walks = [walk(mem, cfg, ipa, access, update=False) for ipa in ipas]
+    walks = [walk(mem, cfg, ipa, access, update=False, trace=options.explain) for ipa in ipas]
 
     stream = text_stream(options)
     if stream is not None:
@@ -70,10 +70,10 @@ def run(options: argparse.Namespace) -> int:
 
         lines = [Line(config_line(cfg), "bold")] if options.explain else []
         for found in walks:
-            lines += explain_lines(mem, cfg, found) if options.explain else [walk_line(found)]
+            lines += explain_lines(cfg, found) if options.explain else [walk_line(found)]
         write_output(lambda: emit(lines, stream))
     if options.json is not None:
-        record = walk_json(options, capture, vm, mem, cfg, walks)
+        record = walk_json(options, capture, vm, walks)
         write_output(lambda: write_json(record, options.json), options.json)
     if options.csv is not None:
         from s2shadow.report import csv_text, walk_record
@@ -82,15 +82,14 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_FAULT if any(found.status for found in walks) else EXIT_OK
 
 
-def walk_json(options: argparse.Namespace, capture: Capture, vm: CapturedVM, mem: Any, cfg: Any,
-              walks: Sequence[Any]) -> dict[str, Any]:
-    from s2shadow.report import explain, step_record, walk_record
+def walk_json(options: argparse.Namespace, capture: Capture, vm: CapturedVM, walks: Sequence[Any]) -> dict[str, Any]:
+    from s2shadow.report import step_record, walk_record
 
     records = []
     for found in walks:
         record = walk_record(found)
         if options.explain:
-            record["levels"] = [step_record(step) for step in explain(mem, cfg, found)]
+            record["levels"] = [step_record(step) for step in found.steps]
         records.append(record)
     return {"schema": 1, "capture": str(capture.path), "vm": vm.vm, "vmid": vm.vmid, "vttbr": f"{vm.vttbr:#x}",
             "vtcr": f"{vm.vtcr:#x}", "granule": vm.granule, "ipa_bits": vm.ipa_bits, "access": options.access,

@@ -7,9 +7,9 @@ rules and its results must be equal, not merely legal.
 from dataclasses import dataclass, field
 
 from . import walk as arch
-from .combine import LEAF_SIZES, STAGE2_OFF, Host, combine
+from .combine import STAGE2_OFF, Host, combine, leaf_sizes
 from .memory import DEVICE, READ_ONLY
-from .walk import ALL, EL0, EXEC, EXEC_EL0, READ, WRITE, Config, walk
+from .walk import ALL, CD, EL0, EXEC, EXEC_EL0, HCR_PTW, PTW, READ, WRITE, Config, walk
 
 HIT, MAPPED, L1_FAULT, HOST_FAULT, MMIO = range(5)
 EXTERNAL_ABORT = 0x10
@@ -58,11 +58,17 @@ class ShadowLeaf:
     memattr: int
     sh: int
     guest_level: int
+    guest_device: bool  # as L1 says, whatever the leaf itself is
     young: bool = True
 
     def translation(self):
         """All but permissions and use."""
-        return self.cipa, self.pa, self.size, self.memattr, self.sh, self.guest_level
+        return self.cipa, self.pa, self.size, self.memattr, self.sh, self.guest_level, self.guest_device
+
+    def answers(self, cfg, access):
+        """Whether the access is allowed without asking L1: a stage-1 walk of Device memory may have to be refused."""
+        walks_device = access & PTW and cfg.hcr & HCR_PTW and self.guest_device
+        return allows(self.perm, access) and not walks_device
 
 
 @dataclass
@@ -115,12 +121,14 @@ class Linear:
 
 
 class VM:
+    context_type = Context
+
     def __init__(self, mem, features, vcpus=1, contexts=None, attributes="architectural"):
         self.mem, self.features, self.attributes = mem, features, attributes
         self.page = features.host_granule
-        self.sizes = LEAF_SIZES[features.host_granule]
+        self.sizes = leaf_sizes(features)
         self.vcpus = [Vcpu() for _ in range(vcpus)]
-        self.contexts = [Context() for _ in range(contexts or 2 * vcpus)]
+        self.contexts = [self.context_type() for _ in range(contexts or 2 * vcpus)]
         self.host = {}  # cipa: HostLeaf
         self.logged = []  # disjoint (start, end)
         self.dirty = set()  # pages by address
@@ -129,9 +137,9 @@ class VM:
 
     # contexts
 
-    def load(self, n, vttbr, vtcr, hcr=arch.VM, big_endian=False):
+    def load(self, n, vttbr, vtcr, hcr=arch.VM, big_endian=False, s2pir=0):
         vcpu = self.vcpus[n]
-        cfg = Config(vttbr, vtcr, self.features, hcr, big_endian)
+        cfg = Config(vttbr, vtcr, self.features, hcr, big_endian, s2pir)
         self.put(n)
         vcpu.cfg, vcpu.index = cfg, self.acquire(cfg)
         ctx = self.contexts[vcpu.index]
@@ -158,7 +166,7 @@ class VM:
                 return index
         free = [(ctx.used, index) for index, ctx in enumerate(self.contexts) if not ctx.refs]
         index = min(free)[1]  # never used: 0
-        self.contexts[index] = Context(key, cfg.vmid, cfg.enabled, cfg.granule)
+        self.contexts[index] = self.context_type(key, cfg.vmid, cfg.enabled, cfg.granule)
         return index
 
     # faults
@@ -167,7 +175,7 @@ class VM:
         vcpu = self.vcpus[n]
         ctx = self.contexts[vcpu.index]
         base, leaf = ctx.find(ipa, self.sizes)
-        if leaf and allows(leaf.perm, access):
+        if leaf and leaf.answers(vcpu.cfg, access):
             return self.hit(vcpu, ipa, base, leaf)
         guest = self.walk_guest(vcpu.cfg, ipa, access)
         if guest.fault:
@@ -198,6 +206,8 @@ class VM:
         known = {"ipa": ipa, "context": vcpu.index, "level": guest.level, "cipa": cipa}
         region = None if cipa >> self.features.pa_bits else self.mem.region(cipa)
         if region is None or (region[2] == READ_ONLY and access & WRITE):
+            return Fault(MMIO, fsc=EXTERNAL_ABORT, **known)
+        if access & WRITE and not guest.perm & WRITE:  # only the MMU may write: no leaf of the shadow's can say that
             return Fault(MMIO, fsc=EXTERNAL_ABORT, **known)
         host = self.host_leaf(cipa)[1]
         if host is None and region[2] == DEVICE:
@@ -231,10 +241,14 @@ class VM:
         under = self.within_region(cipa, Host(host.pa, host.size, host.now, host.memattr))
         if self.mem.region(cipa)[2] == READ_ONLY:
             under.perm &= ~WRITE
-        made = combine(guest, under, self.features, vcpu.cfg.fwb, self.features.fwb, self.attributes)
+        cfg = vcpu.cfg
+        made = combine(
+            guest, under, self.features, cfg.fwb, self.features.fwb, self.attributes, bool(cfg.hcr & CD)
+        )  # fmt: skip
         start = cipa & -made.size
         pa = host.pa + (start - base)
-        new = ShadowLeaf(start, pa, made.size, made.perm, made.memattr, made.sh, made.guest_level)
+        device = cfg.enabled and cfg.is_device(guest.memattr)
+        new = ShadowLeaf(start, pa, made.size, made.perm, made.memattr, made.sh, made.guest_level, device)
         ctx = self.contexts[vcpu.index]
         if self.is_logged(cipa, cipa + 1) and not access & WRITE:
             new.perm &= ~(WRITE & ~earned(ctx.leaves.get(ipa & -made.size), new))
@@ -252,13 +266,17 @@ class VM:
     def put_shadow(self, ctx, ipa, new):
         """Whatever is in the way goes: a leaf never mixes two descriptors of L1's."""
         for base in [b for b, leaf in ctx.leaves.items() if overlaps(b, leaf.size, ipa, ipa + new.size)]:
-            del ctx.leaves[base]
+            self.remove(ctx, base)
         ctx.leaves[ipa] = new
+
+    def remove(self, ctx, ipa):
+        del ctx.leaves[ipa]
 
     def translate(self, n, ipa, access):
         """(ipa of the leaf, leaf) if the shadow alone can answer, else (None, None)."""
-        base, leaf = self.contexts[self.vcpus[n].index].find(ipa, self.sizes)
-        if leaf is None or not leaf.young or not allows(leaf.perm, access):
+        vcpu = self.vcpus[n]
+        base, leaf = self.contexts[vcpu.index].find(ipa, self.sizes)
+        if leaf is None or not leaf.young or not leaf.answers(vcpu.cfg, access):
             return None, None
         return base, leaf
 
@@ -273,7 +291,8 @@ class VM:
         return None, None
 
     def host_overlapping(self, start, end):
-        return [(b, leaf) for b, leaf in sorted(self.host.items()) if overlaps(b, leaf.size, start, end)]
+        found = [b for b, leaf in self.host.items() if b < end and start < b + leaf.size]
+        return [(b, self.host[b]) for b in sorted(found)]
 
     def put_host(self, base, leaf):
         leaf.withheld = bool(leaf.perm & WRITE) and self.is_logged(base, base + leaf.size)
@@ -418,7 +437,7 @@ class VM:
         for ctx in self.contexts:
             gone = [ipa for ipa, leaf in ctx.leaves.items() if condition(leaf)]
             for ipa in gone:
-                del ctx.leaves[ipa]
+                self.remove(ctx, ipa)
             dropped += len(gone)
         return dropped
 
@@ -453,15 +472,17 @@ class VM:
         return self.tlbi(vttbr, vtcr, named)
 
     def tlbi(self, vttbr, vtcr, condition):
-        vmid = Config(vttbr, vtcr, self.features).vmid
         removed = 0
-        for ctx in self.contexts:
-            if ctx.key is not None and ctx.vmid == vmid:
-                gone = [ipa for ipa, leaf in ctx.leaves.items() if condition(ctx, ipa, leaf)]
-                for ipa in gone:
-                    del ctx.leaves[ipa]
-                removed += len(gone)
+        for ctx in self.of_vmid(vttbr, vtcr):
+            gone = [ipa for ipa, leaf in ctx.leaves.items() if condition(ctx, ipa, leaf)]
+            for ipa in gone:
+                self.remove(ctx, ipa)
+            removed += len(gone)
         return removed
+
+    def of_vmid(self, vttbr, vtcr):
+        vmid = Config(vttbr, vtcr, self.features).vmid
+        return [ctx for ctx in self.contexts if ctx.key is not None and ctx.vmid == vmid]
 
     # questions
 
@@ -487,9 +508,10 @@ def context_key(cfg):
     """What makes two loads the same context."""
     if not cfg.enabled:
         return ("off", cfg.vmid)
-    shape = (cfg.granule, cfg.start_level, cfg.ia_bits, cfg.ps, cfg.ha, cfg.hd, cfg.ds, cfg.implied_sh)
+    shape = (cfg.granule, cfg.start_level, cfg.ia_bits, cfg.ps, cfg.ha, cfg.hd, cfg.ds, cfg.implied_sh, cfg.s2pie)
+    shape += (cfg.s2pir,) if cfg.s2pie else ()
     base = cfg.base if cfg.fault is None else cfg.vttbr & 0xFFFF_FFFF_FFFE
-    return ("on", cfg.vmid, base, shape, cfg.big_endian, cfg.fwb, bool(cfg.hcr & arch.CD))
+    return ("on", cfg.vmid, base, shape, cfg.big_endian, cfg.fwb, bool(cfg.hcr & CD))
 
 
 def guest_leaf_size(granule, level):

@@ -1,6 +1,7 @@
 """One stage-2 translation (VMSAv8-64, 64-bit descriptors), each check in the order the architecture gives."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .memory import swap64
 
@@ -21,6 +22,11 @@ START_LEVEL = {  # (granule, SL2, SL0)
     (KILO16, 0, 0): 3, (KILO16, 0, 1): 2, (KILO16, 0, 2): 1, (KILO16, 0, 3): 0,
     (KILO64, 0, 0): 3, (KILO64, 0, 1): 2, (KILO64, 0, 2): 1,
 }  # fmt: skip
+BASE_PERMISSIONS = {  # FEAT_S2PIE; the values left out give nothing
+    2: READ, 3: READ, 6: READ, 7: READ, 4: WRITE, 8: READ, 9: READ | EXEC_EL0, 10: READ | EXEC,
+    11: READ | EXEC | EXEC_EL0, 12: READ | WRITE, 13: READ | WRITE | EXEC_EL0, 14: READ | WRITE | EXEC, 15: ALL,
+}  # fmt: skip
+MMU_MAY_WRITE = {2, 3, 6, 7}  # the "MRO" values: read-only but for stage-1 walks
 FAULT_TEXT = {
     "translation": "translation fault",
     "addrsize": "address size fault",
@@ -47,6 +53,7 @@ class Features:
     range: bool = True
     tlbios: bool = True
     xs: bool = True
+    s2pie: bool = False
 
 
 def fault_code(kind, level):
@@ -69,6 +76,7 @@ class Config:
     features: Features = field(default_factory=Features)
     hcr: int = VM
     big_endian: bool = False
+    s2pir: int = 0
 
     def __post_init__(self):
         vtcr, feat = self.vtcr, self.features
@@ -83,6 +91,7 @@ class Config:
         self.oa_bits = min(OUTPUT_BITS[self.ps], self.output_cap())
         self.ha = bool(bits(vtcr, 21, 21)) and feat.hafdbs >= 1
         self.hd = self.ha and bool(bits(vtcr, 22, 22)) and feat.hafdbs >= 2
+        self.s2pie = bool(bits(vtcr, 36, 36)) and feat.s2pie
         self.fwb = bool(self.hcr & FWB) and feat.fwb
         self.enabled = bool(self.hcr & (VM | DC))
         self.implied_sh = bits(vtcr, 13, 12) if self.ds else None
@@ -156,6 +165,14 @@ class Config:
             address |= bits(desc, 15, 12) << 48
         return address >> self.page_bits << self.page_bits
 
+    def kind(self, desc, level):
+        """What bits 1:0 say at this level."""
+        if not desc & 1:
+            return "invalid"
+        if level == 3:
+            return "page" if desc & 2 else "reserved"
+        return "table" if desc & 2 else "block" if self.block_allowed(level) else "reserved"
+
     def block_allowed(self, level):
         feat = self.features
         allowed = {
@@ -179,12 +196,43 @@ class Config:
         return self.address(desc) >> from_ipa << from_ipa | ipa & ((1 << from_ipa) - 1)
 
     def permissions(self, desc):
+        if self.s2pie:
+            return BASE_PERMISSIONS.get(self.base_permission(desc), 0) & (ALL if bits(desc, 7, 7) else ~WRITE)
         executable = {0: EXEC | EXEC_EL0, 1: EXEC_EL0, 2: 0, 3: EXEC}
         xn = bits(desc, 54, 53) & (3 if self.features.xnx else 2)
         return bits(desc, 7, 6) | executable[xn]
 
+    def base_permission(self, desc):
+        """The field of S2PIR_EL2 that PIIndex, four bits of the descriptor, names."""
+        index = bits(desc, 54, 53) << 2 | bits(desc, 51, 51) << 1 | bits(desc, 6, 6)
+        return bits(self.s2pir, 4 * index + 3, 4 * index)
+
+    def write_makes_dirty(self, desc, access):
+        """True where a write is due to set bit 7 first, and may: the page is writable, and clean."""
+        if not self.hd or not access & WRITE or bits(desc, 7, 7):
+            return False
+        if not self.s2pie:
+            return bool(bits(desc, 51, 51))
+        return bool(BASE_PERMISSIONS.get(self.base_permission(desc), 0) & WRITE) or self.mmu_writes(desc, access)
+
+    def mmu_writes(self, desc, access):
+        """A stage-1 walk may write where nobody else may."""
+        return self.s2pie and bool(access & PTW) and self.base_permission(desc) in MMU_MAY_WRITE
+
     def is_device(self, memattr):
         return not memattr & 4 if self.fwb else not memattr & 12
+
+
+class Step(NamedTuple):
+    """One descriptor that a walk looked at; output is that of the table or leaf itself."""
+
+    level: int
+    table: int
+    index: int
+    address: int
+    desc: int | None  # as a value; None: not readable
+    kind: str
+    output: int | None
 
 
 @dataclass
@@ -202,6 +250,7 @@ class Walk:
     size: int = 0
     desc: int = 0
     desc_addr: int = 0
+    steps: tuple = ()
 
     @property
     def fsc(self):
@@ -239,22 +288,35 @@ def descend(mem, cfg, ipa, access, update):
     table = cfg.base
     top = cfg.ia_bits
     desc = desc_addr = 0
+    steps = []
     while True:
         index = (ipa & ((1 << top) - 1)) >> cfg.shift(level)
         addr = table + 8 * index
         raw = mem.read(addr)
         if raw is None:
-            return faulted("walk-abort", level, desc, desc_addr)
+            steps.append(Step(level, table, index, addr, None, "unreadable", None))
+            return with_steps(faulted("walk-abort", level, desc, desc_addr), steps)
         desc, desc_addr = swap64(raw) if cfg.big_endian else raw, addr
-        if not desc & 1 or (not desc & 2 and not cfg.block_allowed(level)):
-            return faulted("translation", level, desc, desc_addr)
-        if level == 3 or not desc & 2:
-            return leaf(mem, cfg, ipa, access, update, level, desc, desc_addr)
-        table = cfg.address(desc)
-        if table >> cfg.oa_bits:
-            return faulted("addrsize", level, desc, desc_addr)
+        kind = cfg.kind(desc, level)
+        if kind in ("invalid", "reserved"):
+            steps.append(Step(level, table, index, addr, desc, kind, None))
+            return with_steps(faulted("translation", level, desc, desc_addr), steps)
+        if kind != "table":
+            found = leaf(mem, cfg, ipa, access, update, level, desc, desc_addr)
+            steps.append(Step(level, table, index, addr, found.desc, kind, cfg.block_base(found.desc, level)))
+            return with_steps(found, steps)
+        following = cfg.address(desc)
+        steps.append(Step(level, table, index, addr, desc, kind, following))
+        if following >> cfg.oa_bits:
+            return with_steps(faulted("addrsize", level, desc, desc_addr), steps)
+        table = following
         top = cfg.shift(level)
         level += 1
+
+
+def with_steps(found, steps):
+    found.steps = tuple(steps)
+    return found
 
 
 def leaf(mem, cfg, ipa, access, update, level, desc, desc_addr):
@@ -283,8 +345,10 @@ def leaf(mem, cfg, ipa, access, update, level, desc, desc_addr):
 
 
 def permitted(cfg, found, access):
-    clean = cfg.hd and bits(found.desc, 51, 51)
-    granted = found.perm | (WRITE if clean else 0)
+    dirty = bits(found.desc, 7, 7)
+    granted = found.perm
+    if cfg.write_makes_dirty(found.desc, access) or (dirty and cfg.mmu_writes(found.desc, access)):
+        granted |= WRITE
     needed = access & (READ | WRITE)
     if access & EXEC:
         needed |= EXEC_EL0 if access & EL0 else EXEC
@@ -295,7 +359,7 @@ def permitted(cfg, found, access):
 
 def hardware_update(mem, cfg, found, access, update):
     new = found.desc | (1 << 10 if cfg.ha else 0)
-    if cfg.hd and access & WRITE and bits(found.desc, 51, 51):
+    if cfg.write_makes_dirty(found.desc, access):
         new |= 1 << 7
     if new == found.desc:
         return found

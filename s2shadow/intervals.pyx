@@ -1,0 +1,238 @@
+# distutils: language = c++
+"""The interval map of a context, on std::map.
+
+Linux keeps both maps in maple trees. A red-black tree costs the same order of steps and bytes: O(log n), and 104 bytes
+for a mapping's two nodes against 70 to 100. An allocation that fails is no reason to forget: the mapping is then not
+made, and the map is as it was (Linux marks the map as broken and empties the context on every later event).
+"""
+
+from cython.operator cimport dereference, predecrement, preincrement
+from libc.stdlib cimport calloc, free
+from libcpp.map cimport map as ordered_map
+
+from s2shadow.table cimport (
+    arena_charge, arena_refund, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
+    pthread_mutex_unlock,
+)
+
+cdef extern from *:
+    """
+    #include <map>
+    #include <new>
+    /* What can throw stays in here: no exception may reach code that runs without the GIL. */
+    template <class Map> static inline Map *s2_make_map() noexcept { return new (std::nothrow) Map; }
+    template <class Map, class Key, class Value>
+    static inline bool s2_insert(Map *map, Key key, Value value) noexcept
+    {
+        try { map->emplace(key, value); return true; } catch (...) { return false; }
+    }
+    """
+    Map *s2_make_map[Map]() noexcept nogil
+    bint s2_insert[Map, Key, Value](Map *map, Key key, Value value) noexcept nogil
+
+# A range by its start.
+ctypedef struct target_t:
+    uint64_t end
+    uint64_t ipa
+
+ctypedef ordered_map[uint64_t, target_t] ranges_t
+ctypedef ordered_map[uint64_t, uint64_t] starts_t
+
+cdef enum:
+    # Three pointers and a colour come before the pair in each node of a std::map, whoever's library it is.
+    RANGE_BYTES = 32 + 24
+    START_BYTES = 32 + 16
+
+cdef struct intervals_t:
+    ranges_t *ranges
+    starts_t *starts
+    arena_t *arena              # its bound covers the nodes
+    pthread_mutex_t lock
+    bint lost                   # everything is UNKNOWN: the context is being emptied
+
+
+cdef intervals_t *intervals_new(arena_t *arena) noexcept nogil:
+    """An empty map, or NULL."""
+    cdef intervals_t *maps = <intervals_t *>calloc(1, sizeof(intervals_t))
+    if maps == NULL:
+        return NULL
+    maps.arena = arena
+    maps.ranges = s2_make_map[ranges_t]()
+    maps.starts = s2_make_map[starts_t]()
+    pthread_mutex_init(&maps.lock, NULL)
+    if maps.ranges == NULL or maps.starts == NULL:
+        intervals_free(maps)
+        return NULL
+    return maps
+
+
+cdef void intervals_free(intervals_t *maps) noexcept nogil:
+    if maps == NULL:
+        return
+    del maps.ranges
+    del maps.starts
+    pthread_mutex_destroy(&maps.lock)
+    free(maps)
+
+
+cdef bint add_range(intervals_t *maps, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+    cdef target_t target
+    target.end = end
+    target.ipa = ipa
+    if not arena_charge(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES):
+        return False
+    if s2_insert(maps.ranges, start, target):
+        return True
+    arena_refund(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES)
+    return False
+
+
+cdef bint add_start(intervals_t *maps, uint64_t ipa, uint64_t start) noexcept nogil:
+    if not arena_charge(maps.arena, &maps.arena.rmap_bytes, START_BYTES):
+        return False
+    if s2_insert(maps.starts, ipa, start):
+        return True
+    arena_refund(maps.arena, &maps.arena.rmap_bytes, START_BYTES)
+    return False
+
+
+cdef void erase_range(intervals_t *maps, uint64_t start) noexcept nogil:
+    maps.ranges.erase(start)
+    arena_refund(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES)
+
+
+cdef void erase_start(intervals_t *maps, uint64_t ipa) noexcept nogil:
+    maps.starts.erase(ipa)
+    arena_refund(maps.arena, &maps.arena.rmap_bytes, START_BYTES)
+
+
+cdef ranges_t.iterator first_reaching(intervals_t *maps, uint64_t start) noexcept nogil:
+    """The first range that ends above ``start``."""
+    cdef ranges_t.iterator at = maps.ranges.upper_bound(start)
+    if at != maps.ranges.begin():
+        predecrement(at)
+        if dereference(at).second.end <= start:
+            preincrement(at)
+    return at
+
+
+cdef bint overlaps(intervals_t *maps, ranges_t.iterator at, uint64_t end) noexcept nogil:
+    return at != maps.ranges.end() and dereference(at).first < end
+
+
+cdef bint add_known(intervals_t *maps, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+    if not add_range(maps, start, end, ipa):
+        return False
+    if add_start(maps, ipa, start):
+        return True
+    erase_range(maps, start)
+    return False
+
+
+cdef bint make_unknown(intervals_t *maps, ranges_t.iterator at, uint64_t start, uint64_t end) noexcept nogil:
+    """One UNKNOWN range in place of [start, end) and of all that overlaps it, of which ``at`` is the first."""
+    cdef ranges_t.iterator spanning = at
+    cdef uint64_t span_end = end, gone
+    if start < dereference(at).first:
+        if not add_range(maps, start, end, UNKNOWN_IPA):
+            return False
+        predecrement(spanning)
+    while overlaps(maps, at, end):
+        if dereference(at).second.end > span_end:
+            span_end = dereference(at).second.end
+        if dereference(at).second.ipa != UNKNOWN_IPA:
+            erase_start(maps, dereference(at).second.ipa)
+        gone = dereference(at).first
+        preincrement(at)
+        if gone != dereference(spanning).first:
+            erase_range(maps, gone)
+    dereference(spanning).second.end = span_end
+    dereference(spanning).second.ipa = UNKNOWN_IPA
+    return True
+
+
+cdef bint intervals_record(intervals_t *maps, uint64_t cipa, uint64_t size, uint64_t ipa) noexcept nogil:
+    """Note that ``ipa`` maps [cipa, cipa + size), before the leaf is there. False, and nothing noted, when there is no
+    memory. The one operation of the shared side."""
+    cdef ranges_t.iterator at
+    cdef bint recorded
+    if maps.lost:
+        return True
+    pthread_mutex_lock(&maps.lock)
+    at = first_reaching(maps, cipa)
+    if overlaps(maps, at, cipa + size):
+        recorded = make_unknown(maps, at, cipa, cipa + size)
+    else:
+        recorded = add_known(maps, cipa, cipa + size, ipa)
+    pthread_mutex_unlock(&maps.lock)
+    return recorded
+
+
+cdef void intervals_remove(intervals_t *maps, uint64_t ipa) noexcept nogil:
+    """The leaf at ``ipa`` goes, and with it its range, if that is known."""
+    cdef starts_t.iterator found
+    if maps == NULL:
+        return
+    found = maps.starts.find(ipa)
+    if found != maps.starts.end():
+        erase_range(maps, dereference(found).second)
+        erase_start(maps, ipa)
+
+
+cdef bint intervals_find(intervals_t *maps, uint64_t start, uint64_t end, interval_t *out) noexcept nogil:
+    """The first range that overlaps [start, end) of cIPA; False if none does."""
+    cdef ranges_t.iterator at
+    if start >= end:
+        return False
+    if maps.lost:
+        out.start = 0
+        out.end = out.ipa = UNKNOWN_IPA
+        return True
+    at = first_reaching(maps, start)
+    if not overlaps(maps, at, end):
+        return False
+    out.start = dereference(at).first
+    out.end = dereference(at).second.end
+    out.ipa = dereference(at).second.ipa
+    return True
+
+
+cdef void clear(intervals_t *maps) noexcept nogil:
+    arena_refund(maps.arena, &maps.arena.rmap_bytes, intervals_bytes(maps))
+    maps.ranges.clear()
+    maps.starts.clear()
+
+
+cdef void intervals_lose(intervals_t *maps) noexcept nogil:
+    """The context is going to be emptied: drop the maps whole, not leaf by leaf. Until ``intervals_reset`` everything
+    is UNKNOWN, so that a host change that comes between two chunks misses nothing."""
+    if maps != NULL:
+        clear(maps)
+        maps.lost = True
+
+
+cdef void intervals_reset(intervals_t *maps) noexcept nogil:
+    """The context is empty: so is its map."""
+    if maps != NULL:
+        clear(maps)
+        maps.lost = False
+
+
+cdef bint intervals_empty(const intervals_t *maps) noexcept nogil:
+    return maps == NULL or (maps.ranges.empty() and not maps.lost)
+
+
+cdef uint64_t intervals_bytes(const intervals_t *maps) noexcept nogil:
+    """Bytes of the nodes, without what the allocator adds."""
+    return maps.ranges.size() * RANGE_BYTES + maps.starts.size() * START_BYTES
+
+
+cdef uint64_t intervals_start_of(intervals_t *maps, uint64_t ipa) noexcept nogil:
+    """Canonical start of the known range at ``ipa``, or UNKNOWN_IPA."""
+    cdef starts_t.iterator found = maps.starts.find(ipa)
+    return dereference(found).second if found != maps.starts.end() else UNKNOWN_IPA
+
+
+cdef uint64_t intervals_known(const intervals_t *maps) noexcept nogil:
+    """How many ranges are known, by the nested addresses."""
+    return maps.starts.size()
