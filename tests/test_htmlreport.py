@@ -416,7 +416,7 @@ def test_latencies_are_to_scale(name, part):
 
 def test_no_latency_figure_where_nothing_was_timed():
     assert "latency-teardown" not in PAGES["a"].ids
-    assert [len(strip) for strip in PAGES["uneven"].paths("latency-teardown", "range")] == [1, 1]
+    assert [len(strip) for strip in PAGES["uneven"].paths("latency-teardown", "range")] == [1, 1, 1]
     for strip in PAGES["uneven"].paths("latency-tlbi", "p50"):
         assert float(re.match(r"M([\d.]+)", strip[0]["d"])[1]) >= 0, "0 ns stands at the left end"
 
@@ -492,8 +492,8 @@ def test_command_runs_the_same_again(config):
 def test_command_is_on_the_page():
     assert command_line(RESULTS["g2"]["config"]) in PAGES["g2"].text
     assert command_line(RESULTS["g2"]["config"]) == (
-        "s2shadow replay g2_nested_notifier_7.2 --role l0 --teardown reverse-map,blow-away,blow-away-lean --tlbi exact "
-        "--report report.html")
+        "s2shadow replay g2_nested_notifier_7.2 --role l0 --teardown reverse-map,interval-map,blow-away,blow-away-lean "
+        "--tlbi exact --report report.html")
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path):
@@ -599,7 +599,7 @@ def test_page_in_a_browser(browser, tmp_path, name, size, scheme):
     assert all(apart(boxes, 1) and all(box[3] < 20 for box in boxes) for boxes in seen["lefts"])
     if name == "g2":
         assert set(seen["drawn"]) == {rgb(scheme, colour)
-                                      for colour in ("green", "vermilion", "purple", "grey", "orange")}
+                                      for colour in ("green", "blue", "vermilion", "purple", "grey", "orange")}
         assert browser.screenshot().startswith(b"\x89PNG")
 
 
