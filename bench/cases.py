@@ -132,6 +132,32 @@ def fault_4k_random_33_regions_batch(measure):
     batched_faults(measure, regions=33)
 
 
+def refaults(measure, bed, n, one_by_one):
+    """Leaves of a full context that TLBIs dropped, all over it; the tables are there."""
+    order = bed.ipas[scattered(len(bed.ipas))]
+    out = np.empty(2 * n, dtype=s2.FAULT_DTYPE)
+
+    def prepare(n):
+        ipas = order[:n]
+        tlbi_each(bed.state, IPAS2E1IS, ipas >> np.uint64(12), bed.vttbrs[0], bed.vtcr, HCR)
+        if one_by_one:
+            return lambda: fault_each(bed.state, 0, ipas, s2.READ, s2.MAPPED), n
+        return lambda: len(bed.vm.vcpus[0].fault_many(ipas, s2.READ, out=out[:n])), n
+
+    measure(prepare, n)
+
+
+@case
+def fault_4k_random_4g(measure):
+    """Over 4 GiB: what was remembered of the last fault's way helps less than within one."""
+    refaults(measure, Nest(1 << 20, track_tlbis=False).fill(), 1 << 13, one_by_one=True)
+
+
+@case
+def fault_4k_random_4g_batch(measure):
+    refaults(measure, Nest(1 << 20, track_tlbis=False).fill(), 1 << 13, one_by_one=False)
+
+
 @case
 def fault_2m_random(measure):
     single_faults(measure, 1 << 12, size=BLOCK)
@@ -253,23 +279,14 @@ def notifier_aliases(measure, aliases):
 
 
 def fault_pages(measure, pages):
-    """The last pages of a context that is full but for them."""
-    bed = Nest(pages).fill()
-    order = bed.ipas[scattered(pages)]
-
-    def prepare(n):
-        ipas = order[:n]
-        tlbi_each(bed.state, IPAS2E1IS, ipas >> np.uint64(12), bed.vttbrs[0], bed.vtcr, HCR)
-        return lambda: fault_each(bed.state, 0, ipas, s2.READ, s2.MAPPED), n
-
-    measure(prepare, 128)
+    refaults(measure, Nest(pages).fill(), 128, one_by_one=True)
 
 
 CURVES = {
     "notifier_by_contexts": curve(notifier_contexts, 1, 4, 16, 64),
     "notifier_by_pages": curve(notifier_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18),
     "notifier_by_aliases": curve(notifier_aliases, 1, 4, 16, 64, 256, 1024),
-    "fault_by_footprint": curve(fault_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18),
+    "fault_by_footprint": curve(fault_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20),
 }
 
 

@@ -76,5 +76,5 @@ def test_import_is_quick():
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_git_holds_nothing_generated():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    made = (".c", ".so", ".pyc", ".html")
+    made = (".c", ".cpp", ".so", ".pyc", ".html")
     assert not [name for name in listed.splitlines() if name.endswith(made) or name.startswith("build/")]

@@ -352,7 +352,7 @@ def test_ratios(result):
 
 
 def test_three_designs_side_by_side():
-    """Without aliases the interval map takes what the reverse map does; with them whole contexts, and Linux's steps."""
+    """Without aliases the interval map takes what the reverse map takes; with them whole contexts, and the steps."""
     designs = ("reverse-map", "interval-map", "blow-away")
     plain = run(small(events=30, teardown=designs))["policies"]
     assert [plain[name]["refaults_per_event"] for name in designs] == [1, 1, 1200]
