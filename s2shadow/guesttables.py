@@ -41,7 +41,7 @@ EXEC_OF = {xn: perm for perm, xn in XN_OF.items()}
 CHUNK = 64 << 30
 MOST_CHUNKS = 256       # a trace may name any address; this much address space is reserved at most
 MOST_TABLES = 1 << 16   # of a table that is taken over: one that contains itself has no end
-LARGEST_MAP = 64 << 30  # KVM maps a block at a time; more than this is no map
+LARGEST_MAP = 4 << 30   # KVM maps a block at a time; more than this is no map
 REUSE_AFTER = 256       # a freed table is not reused at once: L1 frees one only after the TLBI that the trace brings
 
 
@@ -62,6 +62,8 @@ class GuestRam:
 
     def cover(self, address: int, size: int) -> None:
         """Make [address, address + size) RAM. ``ValueError`` where it cannot be."""
+        if self.owns(address):
+            return
         if address + size > self.pool:
             raise ValueError(f"[{address:#x}, {address + size:#x}) is beyond what L1's tables can reach")
         first, last = address // self.chunk, (address + size - 1) // self.chunk
@@ -132,8 +134,7 @@ class Stage2Writer:
         self.empty = bytes(self.granule)
         self.slots_mask = (1 << self.slot_bits) - 1
         self.adopted = 0
-        if not ram.owns(self.root):
-            ram.cover(self.root, cfg.granule * cfg.concatenated)
+        ram.cover(self.root, cfg.granule * cfg.concatenated)
         self.adopt(self.root, self.start, 0)
 
     def adopt(self, page: int, level: int, prefix: int) -> None:

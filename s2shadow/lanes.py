@@ -76,7 +76,7 @@ class Tally:
         self.teardown, self.tlbi = Distribution(), Distribution()
         self.teardowns = self.torn = self.must_tear = 0
         self.tlbis = self.tlbi_removed = self.tlbi_required = 0
-        self.kernel_steps = self.owed = self.unseen = 0
+        self.kernel_steps = self.owed = self.live = self.recycled = 0
 
 
 class Lane:

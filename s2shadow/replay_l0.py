@@ -30,6 +30,7 @@ from s2shadow.lanes import Lanes, Registers
 from s2shadow.mapping import HostMapping
 from s2shadow.memory import GuestMemory
 from s2shadow.recording import BADDR, Snapshot
+from s2shadow.replay_l1 import ABSENT, in_pages, lookup, whole_pages
 from s2shadow.streams import chosen
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ class L0Player:
                        "unanswered": 0}
         self.last_change: dict[str, Any] | None = None
         self.change_pid = self.change_line = self.line = 0
+        self.last_seq = -1                      # of the CSV
 
     def start(self, rows: Events) -> None:
         session = self.session
@@ -304,6 +306,7 @@ class L0Player:
         table = np.flatnonzero(rows["kind"] >= TLBI)
         if len(table):
             seq = np.maximum.accumulate(rows["seq"][table].astype(np.int64))
+            self.last_seq = max(self.last_seq, int(seq[-1]))
             for snapshot in self.snapshots:
                 at = len(seq) if snapshot.seq is None else int(np.searchsorted(seq, snapshot.seq, side="right"))
                 if at < len(seq):
@@ -470,7 +473,7 @@ class L0Player:
         self.session.applied["MMU notifiers"] += 1
         event = MN_EVENTS[value] if kind == MN_START and value < len(MN_EVENTS) else "UNMAP"
         self.has_notifier_probe = self.has_notifier_probe or len(self.slots) > 0
-        for vm, low, high in self.slots.lookup(start & -PAGE, -(-end // PAGE) * PAGE, time):
+        for vm, low, high in self.slots.lookup(*whole_pages(start, end), time):
             self.unmap(self.numbered(vm), pid, time, low, high, event)
 
     def on_gfn_unmap(self, pid: int, time: int, start: int, end: int) -> None:
@@ -503,8 +506,7 @@ class L0Player:
 
     def on_age_hva(self, kind: int, time: int, start: int, end: int) -> None:
         if not self.has_age:
-            stop = max(end, start + PAGE)
-            for vm, low, high in self.slots.lookup(start & -PAGE, -(-stop // PAGE) * PAGE, time):
+            for vm, low, high in self.slots.lookup(*whole_pages(start, max(end, start + 1)), time):
                 self.age(self.numbered(vm), low, high, kind == AGE_HVA)
 
     def age(self, machine: Machine, start: int, end: int, clear: bool) -> None:
@@ -615,10 +617,13 @@ class L0Player:
             self.session.checks["shadows"].append({"snapshot": snapshot.name, "vm": nested.vm, **found})
 
     def finish(self) -> None:
-        for snapshot in self.snapshots if self.has_table else ():       # taken after the last row
-            self.compare(snapshot)
-        self.snapshots = []
+        for snapshot in self.snapshots:         # taken right after the last row
+            if snapshot.seq is not None and snapshot.seq <= self.last_seq:
+                self.compare(snapshot)
         self.add_left_out(1 << 64)
+
+    def compare_policies(self) -> None:
+        """What one policy maps the others must map alike."""
         for machine in self.machines.values():
             self.session.checks["same_mapping"].append(machine.lanes.agreement(lambda *regs: True))
 
@@ -646,8 +651,6 @@ def as_recorded(kind: int, access: int, answer: Any) -> bool:
 
 def compare_backing(backing: Backing, theirs: Events) -> dict[str, int]:
     """L0's own table as replayed and as captured, in 4 KiB pages."""
-    from s2shadow.replay_l1 import ABSENT, in_pages, lookup
-
     pages, pas = in_pages(theirs)
     mine, outputs = backing.pages()
     target = lookup(mine, pages, pas)
