@@ -211,7 +211,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     served.set_xlabel("seconds of the trace")
     figure.suptitle(f"Shadow page tables under {result['trace']['label']}", fontsize=13)
-    figure.legend(loc="outside lower center", ncols=len(result["policies"]), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2 if len(result["policies"]) > 3 else 3, fontsize=9, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format=Path(file).suffix.lower()[1:], dpi=150)
     write_whole(file, image.getvalue())

@@ -85,7 +85,7 @@ class TlbiPair(Pair):
             shift = 16 if self.model.features.lpa2 and tables.vtcr & DS else tables.page_bits
             xt = TG[tables.granule] << 46 | (ipa >> shift) & (1 << 37) - 1
         else:
-            hint = TG[tables.granule] << 2 | 3 if self.forgotten % 2 else 0  # tables above the last level go all the same
+            hint = TG[tables.granule] << 2 | 3 if self.forgotten % 2 else 0  # tables above that level go all the same
             xt = ipa >> 12 | hint << 44
         for vmid in {*VMIDS, WIDE_VMID if table else 1}:
             n = self.forgotten // 7 % self.vcpus
