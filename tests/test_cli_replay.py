@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_replay import GUEST, HOST_VA, PAGE, PAGES, compose
-from tracetext import Trace
 
 from s2shadow import replayreport
 from s2shadow.cli import main
 from s2shadow.replay import ReplayConfig, run
+from test_replay import GUEST, HOST_VA, PAGE, PAGES, compose
+from tracetext import Trace
 
 SLOT = f"gpa=0x{GUEST:x},hva=0x{HOST_VA:x},size={PAGES * PAGE // 1024}K"
 
