@@ -3,8 +3,11 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf '\n== %s\n' "$*"; }
 
-# A clean clone of the committed HEAD, at $1.
-clone() { git clone --quiet "$top" "$1"; }
+# A clean clone at $1, of $commit or of HEAD.
+clone() {
+    git clone --quiet --no-checkout "$top" "$1"
+    git -C "$1" checkout --quiet --detach "${commit:-$(git -C "$top" rev-parse HEAD)}"
+}
 
 # Prints a working interpreter of version $1 (such as 3.12), or fails. A shim may be there and still not run.
 find_python() {
@@ -25,11 +28,12 @@ new_venv() {
     "$1/bin/pip" install --quiet --upgrade pip
 }
 
-# What every leg needs: git, a C compiler, Python with venv and headers. Installed by apt where we may.
+# What every leg needs: git, compilers for C and C++, Python with venv and headers. Installed by apt where we may.
 need_tools() {
     local missing=()
     command -v git >/dev/null || missing+=(git)
     printf 'int main(void){return 0;}' | cc -x c -o /dev/null - 2>/dev/null || missing+=(gcc libc6-dev)
+    printf '#include <map>\nint main(){return 0;}' | c++ -x c++ -o /dev/null - 2>/dev/null || missing+=(g++)
     if ! python3 - 2>/dev/null <<'PY'
 import ensurepip, os, sysconfig, venv
 raise SystemExit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))
@@ -37,13 +41,26 @@ PY
     then
         missing+=(python3 python3-venv python3-dev)
     fi
-    [ ${#missing[@]} -eq 0 ] && return 0
-    say "installing ${missing[*]}"
+    [ ${#missing[@]} -eq 0 ] || install_tools "${missing[@]}"
+}
+
+# What some tests want, and skip without: a browser for the report, valgrind for the budgets. $1: where to note it.
+want_tools() {
+    local missing=()
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
+        missing+=(chromium)
+    command -v valgrind >/dev/null || missing+=(valgrind libc6-dbg)
+    [ ${#missing[@]} -eq 0 ] || install_tools "${missing[@]}" ||
+        echo "${missing[*]}: cannot be installed, what needs them was not run" >>"$1"
+}
+
+install_tools() {
+    say "installing $*"
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
         echo "cannot install them: not root, or no apt-get" >&2
         return 1
     fi
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
 }
 
 # Builds the clone at $1 in place with ASan and UBSan, in the environment $2; sanitized_pytest then runs in it.
@@ -57,7 +74,8 @@ sanitized_pytest() {
     local venv=$1
     shift
     # Python itself leaks by design; pymalloc would hide overruns from ASan; a refused malloc must return NULL.
-    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so)" \
+    # ASan looks for what throws C++ exceptions when it starts, long before a module brings libstdc++ along.
+    LD_PRELOAD="$(cc -print-file-name=libasan.so) $(cc -print-file-name=libubsan.so) $(c++ -print-file-name=libstdc++.so)" \
         ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:halt_on_error=1 \
         UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
         "$venv/bin/python" -m pytest --capture=sys "$@"

@@ -5,11 +5,12 @@ compared by ``min``, which moves by a few per cent between runs, where means mov
 """
 
 import os
+import timeit
 from functools import cache
 
 import numpy as np
 
-from s2shadow._floor import chase
+from s2shadow._floor import chase, nothing, stream
 from s2shadow.storm import Rig, StormConfig, build
 
 PAGE = 4096
@@ -26,6 +27,18 @@ def load_ns(nbytes):
 def floor_ns(footprints):
     """The floor of an operation: one dependent load in each footprint (bytes, rounded up to a power of two)."""
     return sum(load_ns(max(PAGE, 1 << (int(nbytes) - 1).bit_length())) for nbytes in footprints)
+
+
+@cache
+def call_ns():
+    """The floor of an operation that is one call and touches next to nothing: an empty call of the same kind."""
+    return min(timeit.repeat("call(0, 0)", globals={"call": nothing}, number=10_000, repeat=10)) * 1e5
+
+
+@cache
+def stream_ns(entries):
+    """ns per table entry, read and written in order."""
+    return stream(entries)
 
 
 FULL = os.environ.get("S2SHADOW_BENCH") == "full"
@@ -48,29 +61,36 @@ class Report:
         The floor is ``floor()``, ns per operation by code that does the same and no more, or else one dependent load
         in each of ``footprints``."""
         self.benchmark(run)
-        self._store(operations, footprints, floor)
+        self._store(operations, footprints, {"floor_ns": floor()} if floor and not self.benchmark.disabled else {})
 
     def rounds(self, run, prepare, *, rounds, operations=1, footprints=(), floor=None, beyond=None, **more):
         """``prepare`` before each ``run``, untimed. ``beyond``: ns per operation to subtract, as what is measured comes
-        on top of that. Further keywords are stored as they are."""
-        # the setup of pedantic must return None, or arguments for run
-        self.benchmark.pedantic(run, setup=lambda: (prepare(), None)[1], rounds=rounds, warmup_rounds=1, iterations=1)
-        self._store(operations, footprints, floor, beyond, more)
+        on top of that. Further keywords are stored; like floor and beyond, those that are functions are called in
+        each round, turn and turn about with ``run``, so that a busy machine slows all, and the least is kept."""
+        sampled = {"floor_ns": floor, "bare_ns": beyond, **more}
+        sampled = {key: take for key, take in sampled.items() if callable(take)}
+        least = {}
 
-    def _store(self, operations, footprints, floor=None, beyond=None, more=None):
+        def setup():
+            for key, take in sampled.items() if not self.benchmark.disabled else ():
+                least[key] = min(take(), least.get(key, float("inf")))
+            prepare()
+
+        self.benchmark.pedantic(run, setup=setup, rounds=rounds, warmup_rounds=1, iterations=1)
+        self._store(operations, footprints, {**least, **{k: v for k, v in more.items() if not callable(v)}})
+
+    def _store(self, operations, footprints, more):
         if self.benchmark.stats is None:  # --benchmark-disable
             return
         info = {"operations": operations, "ns_per_operation": self.benchmark.stats.stats.min * 1e9 / operations}
-        if beyond is not None:
-            info["whole_ns"], info["bare_ns"] = info["ns_per_operation"], beyond()
-            info["ns_per_operation"] = info["whole_ns"] - info["bare_ns"]
-        if floor is not None:
-            info["floor_ns"] = floor()
-        elif footprints:
+        if footprints:
             info["floor_ns"] = floor_ns(footprints)
+        info.update(more)
+        if "bare_ns" in info:
+            info["whole_ns"] = info["ns_per_operation"]
+            info["ns_per_operation"] -= info["bare_ns"]
         if "floor_ns" in info:
             info["times_floor"] = info["ns_per_operation"] / info["floor_ns"]
-        info.update({key: value() if callable(value) else value for key, value in (more or {}).items()})
         self.benchmark.extra_info.update({k: round(v, 3) if isinstance(v, float) else v for k, v in info.items()})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import s2shadow as s2
-from beds import PAGE, stage2_tables
+from beds import PAGE, call_ns, stage2_tables
 
 TABLES_AT = 1 << 44
 FEATURES = s2.Features()
@@ -21,15 +21,15 @@ def guest():
 @pytest.mark.benchmark(group="combine")
 def bench_combine_page_in_block(report, guest):
     host = s2.HostMapping(1 << 40, 2 << 20)
-    report(lambda: s2.combine(guest, host, features=FEATURES, guest_fwb=False, host_fwb=True))
+    report(lambda: s2.combine(guest, host, features=FEATURES, guest_fwb=False, host_fwb=True), floor=call_ns)
 
 
 @pytest.mark.benchmark(group="combine")
 def bench_combine_two_walks(report, guest):
-    report(lambda: s2.combine(guest, guest, features=FEATURES, guest_fwb=False, host_fwb=False))
+    report(lambda: s2.combine(guest, guest, features=FEATURES, guest_fwb=False, host_fwb=False), floor=call_ns)
 
 
 @pytest.mark.benchmark(group="combine")
 def bench_combine_stage2_off(report):
     host = s2.HostMapping(1 << 40, 2 << 20)
-    report(lambda: s2.combine(None, host, features=FEATURES, guest_fwb=False, host_fwb=True))
+    report(lambda: s2.combine(None, host, features=FEATURES, guest_fwb=False, host_fwb=True), floor=call_ns)

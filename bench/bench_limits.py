@@ -18,18 +18,8 @@ from s2shadow._floor import Lean, LeanWalk, bare_unmap_each, fault_each, tlbi_ea
 
 IPAS2E1IS = 0xD50C8020
 RIPAS2E1IS = 0xD50C8040
-TRIES = 5
+ROUNDS = 5
 IN_FLIGHT = 48      # of the floors that fetch ahead
-
-
-def best(measure, prepare=None):
-    """The least of a few tries, as the benchmarks are read by their least round."""
-    figures = []
-    for _ in range(TRIES):
-        if prepare:
-            prepare()
-        figures.append(measure())
-    return min(figures)
 
 
 def lean_of(nest):
@@ -81,7 +71,7 @@ def bench_walk_cold_batch(report):
     bed = ColdTables(sized(1 << 17, 1 << 9))
     floor = LeanWalk(bed.image, bed.ROOT, 4)
     n = sized(1 << 20, 1 << 12)
-    batches = cycle([bed.addresses(n, seed) for seed in range(3)])
+    batches = cycle([bed.addresses(n, seed) for seed in range(5)])
     out = np.empty(n, dtype=s2.WALK_DTYPE)
     chosen = next(batches)
     assert floor.serial(chosen)[1] == int(s2.walk_many(bed.mem, bed.config, chosen)["pa"].sum())
@@ -90,9 +80,9 @@ def bench_walk_cold_batch(report):
         lambda: None,
         rounds=5,
         operations=n,
-        floor=lambda: best(lambda: floor.serial(next(batches))[0]),
-        floor_16_ns=lambda: best(lambda: floor.batch(next(batches), 16)[0]),
-        floor_48_ns=lambda: best(lambda: floor.batch(next(batches), 48)[0]),
+        floor=lambda: floor.serial(next(batches))[0],
+        floor_16_ns=lambda: floor.batch(next(batches), 16)[0],
+        floor_48_ns=lambda: floor.batch(next(batches), 48)[0],
     )
 
 
@@ -102,15 +92,23 @@ def bench_walk_cold_batch(report):
 def all_faulted(report, nest, ipas, call, floor):
     """Every page of an empty context. Floors: one after the other; as the CPU overlaps them; fetched ahead."""
     lean = lean_of(nest)
+    floors = {
+        "serial": lambda: lean.faults(ipas),
+        "overlapped": lambda: lean.faults_batched(ipas, 1),
+        "prefetched": lambda: lean.faults_batched(ipas, IN_FLIGHT),
+    }
+
+    def afresh(kind):
+        lean.clear()
+        return floors[kind]()
+
     report.rounds(
         lambda: call(ipas),
         lambda: nest.vm.vcpus[0].tlbi("VMALLS12E1IS"),
-        rounds=TRIES,
+        rounds=ROUNDS,
         operations=len(ipas),
-        floor=lambda: best(lambda: floor(lean), lean.clear),
-        serial_floor_ns=lambda: best(lambda: lean.faults(ipas), lean.clear),
-        overlapped_floor_ns=lambda: best(lambda: lean.faults_batched(ipas, 1), lean.clear),
-        prefetched_floor_ns=lambda: best(lambda: lean.faults_batched(ipas, IN_FLIGHT), lean.clear),
+        floor=lambda: afresh(floor),
+        **{f"{kind}_floor_ns": lambda kind=kind: afresh(kind) for kind in floors if kind != floor},
     )
     assert nest.vm.stats.live == len(ipas)
 
@@ -137,31 +135,37 @@ def ordered_pages():
 @pytest.mark.benchmark(group="limits: shadow fault, 4K")
 def bench_fault_random_batch(report, random_pages):
     ipas = random_pages.ipas[scattered(len(random_pages.ipas))]
-    all_faulted(report, random_pages, ipas, in_batch(random_pages), lambda lean: lean.faults_batched(ipas, 1))
+    all_faulted(report, random_pages, ipas, in_batch(random_pages), "overlapped")
 
 
 @pytest.mark.benchmark(group="limits: shadow fault, 4K")
 def bench_fault_random_single(report, random_pages):
     ipas = random_pages.ipas[scattered(len(random_pages.ipas))]
-    all_faulted(report, random_pages, ipas, one_by_one(random_pages), lambda lean: lean.faults(ipas))
+    all_faulted(report, random_pages, ipas, one_by_one(random_pages), "serial")
 
 
 @pytest.mark.benchmark(group="limits: shadow fault, 4K")
 def bench_fault_sequential_batch(report, ordered_pages):
     ipas = ordered_pages.ipas
-    all_faulted(report, ordered_pages, ipas, in_batch(ordered_pages), lambda lean: lean.faults_batched(ipas, 1))
+    all_faulted(report, ordered_pages, ipas, in_batch(ordered_pages), "overlapped")
 
 
 @pytest.mark.benchmark(group="limits: shadow fault, 4K")
 def bench_fault_sequential_single(report, ordered_pages):
     ipas = ordered_pages.ipas
-    all_faulted(report, ordered_pages, ipas, one_by_one(ordered_pages), lambda lean: lean.faults(ipas))
+    all_faulted(report, ordered_pages, ipas, one_by_one(ordered_pages), "serial")
 
 
 # --- notifiers ---------------------------------------------------------------------------------------------------
 
 
 EVENTS = 1 << 10
+
+
+def give(nest, starts):
+    """Map pages of the host again."""
+    for start in starts.tolist():
+        nest.vm.host.map(start, start + PAGE, PAGE)
 
 
 class Notifiers:
@@ -172,6 +176,9 @@ class Notifiers:
         self.nest = Nest(pages, contexts=contexts, track_tlbis=False, **options)
         self.bare = Nest(1, load=False, track_tlbis=False, unshadowed=len(self.nest.canonical) - 1)
         self.nest.fill()
+        self.lean = lean_of(self.nest)
+        for context in range(contexts):
+            self.lean.fill(self.nest.ipas + np.uint64(context << 39), self.nest.outputs(context))
         self.among = self.nest.canonical if among is None else among(self.nest)
         self.batches = cycle(self.among[scattered(len(self.among))[: 64 * EVENTS]].reshape(-1, EVENTS))
         self.starts = self.among[:0]
@@ -180,13 +187,9 @@ class Notifiers:
     def give_back(self):
         """What the last run took, and the next pages to take."""
         if len(self.starts):
-            self._map(self.nest)
+            give(self.nest, self.starts)
             self.nest.fill() if len(self.nest.ipas) * len(self.nest.roots) <= 1 << 17 else self._refault()
         self.starts = u64(next(self.batches))
-
-    def _map(self, nest):
-        for start in self.starts.tolist():
-            nest.vm.host.map(start, start + PAGE, PAGE)
 
     def _refault(self):
         contexts, ipas = self.nest.where(self.starts)
@@ -199,27 +202,21 @@ class Notifiers:
 
     def bare_ns(self):
         """The canonical operation alone."""
-
-        def measure():
-            self.starts = u64(next(self.batches))
-            began = perf_counter_ns()
-            bare_unmap_each(self.bare.state, self.starts, PAGE)
-            took = perf_counter_ns() - began
-            self._map(self.bare)
-            return took / EVENTS
-
-        return best(measure)
+        starts = u64(next(self.batches))
+        began = perf_counter_ns()
+        bare_unmap_each(self.bare.state, starts, PAGE)
+        took = perf_counter_ns() - began
+        give(self.bare, starts)
+        return took / EVENTS
 
     def removals_ns(self):
         """Head, leaf and link of as many pages and leaves, in bare C."""
-        lean = lean_of(self.nest)
-        for context in range(len(self.nest.roots)):
-            lean.fill(self.nest.ipas + np.uint64(context << 39), self.nest.outputs(context))
-
-        def measure():
-            return lean.removals(u64(next(self.batches)))[0]
-
-        return best(measure)
+        starts = u64(next(self.batches))
+        taken, removed = self.lean.removals(starts)
+        if removed:
+            contexts, ipas = self.nest.where(starts)
+            self.lean.fill(ipas + (contexts.astype(np.uint64) << np.uint64(39)), self.nest.outputs_at(contexts, ipas))
+        return taken
 
 
 def notify(report, bed, leaves, rounds=30):
@@ -229,7 +226,7 @@ def notify(report, bed, leaves, rounds=30):
         rounds=rounds,
         operations=EVENTS,
         beyond=bed.bare_ns,
-        floor=bed.removals_ns if leaves else None,
+        floor=bed.removals_ns,
         leaves=leaves,
     )
     assert bed.nest.vm.stats.live == bed.leaves - leaves * EVENTS
@@ -278,7 +275,16 @@ def bench_tlbi_ipa_each(report):
     def run():
         tlbi_each(nest.state, IPAS2E1IS, state[0] >> np.uint64(12), nest.vttbrs[0], nest.vtcr, HCR)
 
-    report.rounds(run, prepare, rounds=50, operations=EVENTS)
+    lean = lean_of(nest)
+    lean.fill(nest.ipas, nest.outputs(0))
+    pages = cycle(nest.canonical[scattered(1 << 16)].reshape(-1, EVENTS))
+    report.rounds(
+        run,
+        prepare,
+        rounds=50,                  # with the one that warms up, fewer than there are batches
+        operations=EVENTS,
+        floor=lambda: lean.removals(u64(next(pages)))[0],
+    )
     assert nest.vm.stats.live == (1 << 16) - EVENTS
 
 
@@ -288,16 +294,17 @@ def range_of_leaves(report, nest):
     operand = u64([range_operand(0, pages)])
     lean = lean_of(nest)
 
-    def again():
+    def floor():
         lean.clear()
         lean.fill(nest.ipas, nest.outputs(0))
+        return lean.range_removal(0, pages, 16)[0]
 
     report.rounds(
         lambda: tlbi_each(nest.state, RIPAS2E1IS, operand, nest.vttbrs[0], nest.vtcr, HCR),
         nest.fill,
-        rounds=TRIES,
+        rounds=ROUNDS,
         operations=pages,
-        floor=lambda: best(lambda: lean.range_removal(0, pages, 16)[0], again),
+        floor=floor,
     )
     assert nest.vm.stats.live == 0
 
@@ -337,7 +344,7 @@ def bench_write_protect(report, how):
         (lambda: vm.host.protect(DATA, end, "rx")) if how == "protect" else (lambda: vm.log_dirty(DATA, end)),
         undo,
         rounds=3,
-        floor=lambda: best(lambda: lean.write_protect(DATA, pages, 16)[0]),
+        floor=lambda: lean.write_protect(DATA, pages, 16)[0],
         pages=pages,
     )
     assert vm.stats.narrowed >= pages

@@ -70,17 +70,18 @@ def throughput(benchmark, nest, whole, parts):
             for (vcpu, ipas), out in zip(parts, outs, strict=True)
         ])  # fmt: skip
 
-    rounds = 1 if benchmark.disabled else ROUNDS
-    single = min(one() for _ in range(rounds))
-    # turn and turn about, so that a busy machine slows both
-    benchmark.pedantic(all_threads, setup=lambda: (empty(), None)[1], rounds=rounds, warmup_rounds=1)
-    single = min(single, min(one() for _ in range(rounds)))
-    empty()
-    all_threads()
+    singles = []
+
+    def setup():
+        singles.append(one())           # turn and turn about, so that a busy machine slows both
+        empty()
+
+    benchmark.pedantic(all_threads, setup=setup, rounds=ROUNDS, warmup_rounds=1)
     assert nest.vm.stats.live == leaves and nest.vm.stats.retries == 0
-    nest.vm.check() if leaves <= 1 << 17 else None
+    if leaves <= 1 << 17:
+        nest.vm.check()
     if benchmark.stats is not None:
-        best = benchmark.stats.stats.min * 1e9
+        best, single = benchmark.stats.stats.min * 1e9, min(singles)
         benchmark.extra_info.update({
             "operations": leaves,
             "ns_per_operation": round(best / leaves, 3),

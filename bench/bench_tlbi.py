@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import s2shadow as s2
-from beds import PAGE, Bed, scattered
+from beds import PAGE, Bed, call_ns, scattered
 
 PAGES = 1 << 16
 EVENTS = 64
@@ -128,7 +128,7 @@ def nothing_there(report, bed, op, operand):
             tlbi(op, operand)
 
     before = bed.vm.stats.removed
-    report(run, operations=EVENTS)
+    report(run, operations=EVENTS, floor=call_ns)
     assert bed.vm.stats.removed == before
 
 
@@ -159,7 +159,7 @@ def bench_tlbi_ipa_hole_kvm72(report, full_kvm72):
     """The same: 65,536 leaves are lost. One call; compare with 64 of the others."""
     bed = full_kvm72
     operand = (bed.first >> 12) + PAGES
-    report.rounds(lambda: bed.vcpu.tlbi("IPAS2E1IS", operand), bed.refill, rounds=10)
+    report.rounds(lambda: bed.vcpu.tlbi("IPAS2E1IS", operand), bed.refill, rounds=10, floor=call_ns)
     assert bed.vm.stats.live == 0
 
 
@@ -185,7 +185,9 @@ def dense(report, bed, pages, level=0):
         bed.vcpu.tlbi("RIPAS2E1IS", operand)
 
     leaves = len(there)
-    report.rounds(run, lambda: bed.touch(there), rounds=200 if leaves <= 1 << 10 else 20, operations=leaves)
+    rounds = 200 if leaves <= 1 << 10 else 20
+    # shadow slot and link in order, heads at random
+    report.rounds(run, lambda: bed.touch(there), rounds=rounds, operations=leaves, footprints=(leaves * 4,))
     assert bed.vm.stats.live == PAGES - leaves
 
 
@@ -284,4 +286,4 @@ def bench_tlbi_many_empty(report, exact):
     exact.vcpu.tlbi("ALLE1IS")
     ops = np.zeros(4096, dtype=s2.TLBI_OP_DTYPE)
     ops["insn"], ops["xt"] = IPAS2E1IS, exact.all[:4096] >> np.uint64(12)
-    report(lambda: exact.vm.tlbi_many(ops), operations=len(ops))
+    report(lambda: exact.vm.tlbi_many(ops), operations=len(ops), footprints=(len(ops) * 8,))

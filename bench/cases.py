@@ -112,6 +112,11 @@ def fault_4k_sequential(measure):
 
 
 @case
+def fault_4k_random_interval_map(measure):
+    single_faults(measure, teardown="interval-map")
+
+
+@case
 def fault_4k_random_33_regions(measure):
     """Canonical pages all over 32 regions, the tables in another."""
     single_faults(measure, regions=33)
@@ -130,6 +135,32 @@ def fault_4k_sequential_batch(measure):
 @case
 def fault_4k_random_33_regions_batch(measure):
     batched_faults(measure, regions=33)
+
+
+def refaults(measure, bed, n, one_by_one):
+    """Leaves of a full context that TLBIs dropped, all over it; the tables are there."""
+    order = bed.ipas[scattered(len(bed.ipas))]
+    out = np.empty(2 * n, dtype=s2.FAULT_DTYPE)
+
+    def prepare(n):
+        ipas = order[:n]
+        tlbi_each(bed.state, IPAS2E1IS, ipas >> np.uint64(12), bed.vttbrs[0], bed.vtcr, HCR)
+        if one_by_one:
+            return lambda: fault_each(bed.state, 0, ipas, s2.READ, s2.MAPPED), n
+        return lambda: len(bed.vm.vcpus[0].fault_many(ipas, s2.READ, out=out[:n])), n
+
+    measure(prepare, n)
+
+
+@case
+def fault_4k_random_4g(measure):
+    """Over 4 GiB: what was remembered of the last fault's way helps less than within one."""
+    refaults(measure, Nest(1 << 20, track_tlbis=False).fill(), 1 << 13, one_by_one=True)
+
+
+@case
+def fault_4k_random_4g_batch(measure):
+    refaults(measure, Nest(1 << 20, track_tlbis=False).fill(), 1 << 13, one_by_one=False)
 
 
 @case
@@ -209,6 +240,19 @@ def unmap_8_aliases(measure):
 
 
 @case
+def unmap_interval_map(measure):
+    bed = Nest(LEAVES, teardown="interval-map").fill()
+    notifiers(measure, bed, bed.canonical, 1)
+
+
+@case
+def unmap_interval_map_64_contexts(measure):
+    """63 maps do not know the page."""
+    bed = Nest(2048, contexts=64, teardown="interval-map").fill()
+    notifiers(measure, bed, bed.canonical, 1)
+
+
+@case
 def unmap_not_shadowed(measure):
     """Eight full contexts, but none maps these pages."""
     bed = Nest(LEAVES // 8, contexts=8, unshadowed=LEAVES).fill()
@@ -253,23 +297,14 @@ def notifier_aliases(measure, aliases):
 
 
 def fault_pages(measure, pages):
-    """The last pages of a context that is full but for them."""
-    bed = Nest(pages).fill()
-    order = bed.ipas[scattered(pages)]
-
-    def prepare(n):
-        ipas = order[:n]
-        tlbi_each(bed.state, IPAS2E1IS, ipas >> np.uint64(12), bed.vttbrs[0], bed.vtcr, HCR)
-        return lambda: fault_each(bed.state, 0, ipas, s2.READ, s2.MAPPED), n
-
-    measure(prepare, 128)
+    refaults(measure, Nest(pages).fill(), 128, one_by_one=True)
 
 
 CURVES = {
     "notifier_by_contexts": curve(notifier_contexts, 1, 4, 16, 64),
     "notifier_by_pages": curve(notifier_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18),
     "notifier_by_aliases": curve(notifier_aliases, 1, 4, 16, 64, 256, 1024),
-    "fault_by_footprint": curve(fault_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18),
+    "fault_by_footprint": curve(fault_pages, 1 << 10, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20),
 }
 
 
@@ -291,6 +326,12 @@ def tlbis(measure, bed, word, operands, removed, n=1024):
 @case
 def tlbi_ipa(measure):
     bed = Nest(LEAVES).fill()
+    tlbis(measure, bed, IPAS2E1IS, bed.ipas[scattered(LEAVES)] >> np.uint64(12), 1)
+
+
+@case
+def tlbi_ipa_interval_map(measure):
+    bed = Nest(LEAVES, teardown="interval-map").fill()
     tlbis(measure, bed, IPAS2E1IS, bed.ipas[scattered(LEAVES)] >> np.uint64(12), 1)
 
 

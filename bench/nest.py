@@ -100,6 +100,15 @@ class Nest:
         """Canonical addresses, in the order of ``ipas``."""
         return np.resize(self._frames[context], len(self.ipas))
 
+    def outputs_at(self, contexts, ipas):
+        """Canonical addresses of pages named by context and IPA."""
+        found = np.empty(len(ipas), dtype=np.uint64)
+        for context in np.unique(contexts).tolist():
+            mine = contexts == context
+            place = (ipas[mine] // np.uint64(self.size)).astype(np.int64)
+            found[mine] = self._frames[context][place % self.pages]
+        return found
+
     def where(self, starts):
         """(contexts, IPAs) of every leaf that must map one of these pages."""
         place = (np.asarray(starts) - np.uint64(DATA)) // np.uint64(self.size)

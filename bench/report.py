@@ -161,17 +161,17 @@ def instructions_section(found, entries):
     for name, measured in found["figures"].items():
         entry = entries.get(name, {})
         linux = LINUX.get(name, ("", ""))
-        issue = f"{entry['issue']:,}" if "issue" in entry else ""
-        rows.append([f"`{name}`", f"**{measured:,.1f}**", issue, verdict(measured, entry.get("issue")), *linux])
+        goal = f"{entry['goal']:,}" if "goal" in entry else ""
+        rows.append([f"`{name}`", f"**{measured:,.1f}**", goal, verdict(measured, entry.get("goal")), *linux])
     built = found["built"]
     text = f"Counted by callgrind, modules built by {built['compiler']} with {built['flags']}. `unmap_*`: beyond " \
            "`bare_unmap`; `_shared_by_8` and `_8_aliases`: for each leaf after the first."  # fmt: skip
-    titles = ["operation", "instructions", "limit", "", "Linux 7.2", "with maple trees"]
+    titles = ["operation", "instructions", "goal", "", "Linux 7.2", "with maple trees"]
     return ["## Instructions per operation", "", text, "", *table(titles, rows, right=(1, 2, 4, 5))]
 
 
 def verdict(measured, limit):
-    return "" if limit is None else "kept" if measured <= limit else "**not reached**"
+    return "" if limit is None else "reached" if measured <= limit else "**not reached**"
 
 
 def ns(value):
@@ -208,7 +208,7 @@ def suites_section(rows):
         body = []
         for row in (row for row in rows if row["group"] == group):
             more = ", ".join(
-                f"{key} {found:,}" for key, found in row.items()
+                f"{key} {round(found, 1):,}" for key, found in row.items()
                 if key not in (*STORED, "name", "group", "min") and isinstance(found, int | float)
             )  # fmt: skip
             floor = [ns(row["floor_ns"]), f"{row['times_floor']:.2f}"] if "floor_ns" in row else ["", ""]
@@ -232,7 +232,7 @@ def curves_section(plots):
 CURVES = {
     "notifier_by_contexts": ("A notifier of one page, by contexts (1,048,576 leaves in all)", "contexts"),
     "notifier_by_pages": ("A notifier of one page, by shadowed pages in one context", "pages"),
-    "notifier_by_aliases": ("A notifier of one page, by IPAs that show it, for each leaf", "aliases"),
+    "notifier_by_aliases": ("A notifier of one page, by the IPAs that show it: all their leaves go", "aliases"),
     "fault_by_footprint": ("A random fault, by bytes of all tables, links and heads", "bytes"),
 }
 PAGE_BYTES = 36     # of the footprint, for each page
@@ -268,23 +268,27 @@ def draw_times(panel, points, axis):
               ("single_ns", "one at a time", "s-"), ("floor_ns", "floor: bare C", "o--"),
               ("serial_floor_ns", "floor: bare C, one at a time", "s--"))  # fmt: skip
     for key, label, style in series:
-        shown = [(point["x"], point[key] / point.get("leaves", 1)) for point in points if key in point]
-        if shown:
-            panel.plot(*zip(*shown, strict=True), style, label=label, markersize=4)
+        draw_line(panel, [(point["x"], point[key]) for point in points if key in point], label, style)
     finish(panel, axis, "ns")
 
 
 def draw_counts(panel, points, axis, scale):
-    shown = [(point["x"] * scale, point["instructions"] / (point["x"] if axis == "aliases" else 1)) for point in points]
-    if shown:
-        panel.plot(*zip(*shown, strict=True), "o-", label="s2shadow", markersize=4)
+    draw_line(panel, [(point["x"] * scale, point["instructions"]) for point in points], "s2shadow", "o-")
     finish(panel, axis, "instructions")
 
 
+def draw_line(panel, points, label, style):
+    if points:
+        panel.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+
+
 def finish(panel, axis, unit):
-    panel.set_xscale("log", base=2)
+    """What must grow with the leaves that go is a line from the origin on even scales; all else is over powers of 2."""
+    if axis != "aliases":
+        panel.set_xscale("log", base=2)
     panel.set_xlabel(axis)
     panel.set_ylabel(unit)
+    panel.margins(y=0.15)
     panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
     if panel.lines:

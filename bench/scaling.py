@@ -62,16 +62,8 @@ def notifier(x, nest, leaves=1):
         ns, removed = lean.removals(starts)
         assert removed == events * leaves
         floor.append(ns)
-        lean.fill(ipas + (contexts.astype(np.uint64) << np.uint64(39)), outputs_of(nest, contexts, ipas))
+        lean.fill(ipas + (contexts.astype(np.uint64) << np.uint64(39)), nest.outputs_at(contexts, ipas))
     return point(x, min(took) / events, min(floor), leaves=leaves)
-
-
-def outputs_of(nest, contexts, ipas):
-    outputs = np.empty(len(ipas), dtype=np.uint64)
-    for context in np.unique(contexts).tolist():
-        mine = contexts == context
-        outputs[mine] = nest.outputs(context)[(ipas[mine] // np.uint64(PAGE)).astype(np.int64)]
-    return outputs
 
 
 def full(pages, **options):

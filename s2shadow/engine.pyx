@@ -1227,9 +1227,10 @@ cdef class NestedVM:
         return self.engine.reverse(as_u64(cipa, "cipa"))
 
     def intervals(self, index):
-        """A context's interval map, sorted: ``INTERVAL_DTYPE`` array of the canonical range [start, end) and the
-        ``ipa`` that maps its start; 0, and ``unknown`` 1, where that is not known any more. ``ValueError`` under
-        other policies.
+        """A context's interval map, sorted: ``INTERVAL_DTYPE`` array.
+
+        Each row is a canonical range [start, end) and the ``ipa`` that maps it; 0, and ``unknown`` 1, where that is not
+        known any more. ``ValueError`` under other policies.
         """
         return self.engine.intervals(index)
 

@@ -21,14 +21,14 @@ cdef extern from *:
     #include <new>
     /* What can throw stays in here: no exception may reach code that runs without the GIL. */
     template <class Map> static inline Map *s2_make_map() noexcept { return new (std::nothrow) Map; }
-    template <class Map, class Key, class Value>
-    static inline bool s2_insert(Map *map, Key key, Value value) noexcept
+    template <class Map, class Place, class Key, class Value>
+    static inline bool s2_insert_before(Map *map, Place next, Key key, Value value) noexcept
     {
-        try { map->emplace(key, value); return true; } catch (...) { return false; }
+        try { map->emplace_hint(next, key, value); return true; } catch (...) { return false; }
     }
     """
     Map *s2_make_map[Map]() noexcept nogil
-    bint s2_insert[Map, Key, Value](Map *map, Key key, Value value) noexcept nogil
+    bint s2_insert_before[Map, Place, Key, Value](Map *map, Place next, Key key, Value value) noexcept nogil
 
 # A range by its start.
 ctypedef struct target_t:
@@ -36,7 +36,8 @@ ctypedef struct target_t:
     uint64_t ipa
 
 ctypedef ordered_map[uint64_t, target_t] ranges_t
-ctypedef ordered_map[uint64_t, uint64_t] starts_t
+ctypedef ranges_t.iterator range_at
+ctypedef ordered_map[uint64_t, range_at] starts_t      # a place in a std::map stays good whatever comes and goes beside it
 
 cdef enum:
     # Three pointers and a colour come before the pair in each node of a std::map, whoever's library it is.
@@ -75,40 +76,42 @@ cdef void intervals_free(intervals_t *maps) noexcept nogil:
     free(maps)
 
 
-cdef bint add_range(intervals_t *maps, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+cdef bint add_range(intervals_t *maps, range_at *next, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+    """Put a range before ``next``, which becomes its place; False, and nothing done, without memory."""
     cdef target_t target
     target.end = end
     target.ipa = ipa
     if not arena_charge(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES):
         return False
-    if s2_insert(maps.ranges, start, target):
+    if s2_insert_before(maps.ranges, next[0], start, target):
+        predecrement(next[0])
         return True
     arena_refund(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES)
     return False
 
 
-cdef bint add_start(intervals_t *maps, uint64_t ipa, uint64_t start) noexcept nogil:
+cdef bint add_start(intervals_t *maps, uint64_t ipa, range_at at) noexcept nogil:
     if not arena_charge(maps.arena, &maps.arena.rmap_bytes, START_BYTES):
         return False
-    if s2_insert(maps.starts, ipa, start):
+    if s2_insert_before(maps.starts, maps.starts.lower_bound(ipa), ipa, at):
         return True
     arena_refund(maps.arena, &maps.arena.rmap_bytes, START_BYTES)
     return False
 
 
-cdef void erase_range(intervals_t *maps, uint64_t start) noexcept nogil:
-    maps.ranges.erase(start)
+cdef void erase_range(intervals_t *maps, range_at at) noexcept nogil:
+    maps.ranges.erase(at)
     arena_refund(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES)
 
 
-cdef void erase_start(intervals_t *maps, uint64_t ipa) noexcept nogil:
-    maps.starts.erase(ipa)
+cdef void erase_start(intervals_t *maps, starts_t.iterator at) noexcept nogil:
+    maps.starts.erase(at)
     arena_refund(maps.arena, &maps.arena.rmap_bytes, START_BYTES)
 
 
-cdef ranges_t.iterator first_reaching(intervals_t *maps, uint64_t start) noexcept nogil:
+cdef range_at first_reaching(intervals_t *maps, uint64_t start) noexcept nogil:
     """The first range that ends above ``start``."""
-    cdef ranges_t.iterator at = maps.ranges.upper_bound(start)
+    cdef range_at at = maps.ranges.upper_bound(start)
     if at != maps.ranges.begin():
         predecrement(at)
         if dereference(at).second.end <= start:
@@ -116,35 +119,34 @@ cdef ranges_t.iterator first_reaching(intervals_t *maps, uint64_t start) noexcep
     return at
 
 
-cdef bint overlaps(intervals_t *maps, ranges_t.iterator at, uint64_t end) noexcept nogil:
+cdef bint overlaps(intervals_t *maps, range_at at, uint64_t end) noexcept nogil:
     return at != maps.ranges.end() and dereference(at).first < end
 
 
-cdef bint add_known(intervals_t *maps, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
-    if not add_range(maps, start, end, ipa):
+cdef bint add_known(intervals_t *maps, range_at at, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+    """A range where none is, before ``at``."""
+    if not add_range(maps, &at, start, end, ipa):
         return False
-    if add_start(maps, ipa, start):
+    if add_start(maps, ipa, at):
         return True
-    erase_range(maps, start)
+    erase_range(maps, at)
     return False
 
 
-cdef bint make_unknown(intervals_t *maps, ranges_t.iterator at, uint64_t start, uint64_t end) noexcept nogil:
+cdef bint make_unknown(intervals_t *maps, range_at at, uint64_t start, uint64_t end) noexcept nogil:
     """One UNKNOWN range in place of [start, end) and of all that overlaps it, of which ``at`` is the first."""
-    cdef ranges_t.iterator spanning = at
-    cdef uint64_t span_end = end, gone
-    if start < dereference(at).first:
-        if not add_range(maps, start, end, UNKNOWN_IPA):
-            return False
-        predecrement(spanning)
+    cdef range_at spanning = at, gone
+    cdef uint64_t span_end = end
+    if start < dereference(at).first and not add_range(maps, &spanning, start, end, UNKNOWN_IPA):
+        return False
     while overlaps(maps, at, end):
         if dereference(at).second.end > span_end:
             span_end = dereference(at).second.end
         if dereference(at).second.ipa != UNKNOWN_IPA:
-            erase_start(maps, dereference(at).second.ipa)
-        gone = dereference(at).first
+            erase_start(maps, maps.starts.find(dereference(at).second.ipa))
+        gone = at
         preincrement(at)
-        if gone != dereference(spanning).first:
+        if gone != spanning:
             erase_range(maps, gone)
     dereference(spanning).second.end = span_end
     dereference(spanning).second.ipa = UNKNOWN_IPA
@@ -154,7 +156,7 @@ cdef bint make_unknown(intervals_t *maps, ranges_t.iterator at, uint64_t start, 
 cdef bint intervals_record(intervals_t *maps, uint64_t cipa, uint64_t size, uint64_t ipa) noexcept nogil:
     """Note that ``ipa`` maps [cipa, cipa + size), before the leaf is there. False, and nothing noted, when there is no
     memory. The one operation of the shared side."""
-    cdef ranges_t.iterator at
+    cdef range_at at
     cdef bint recorded
     if maps.lost:
         return True
@@ -163,7 +165,7 @@ cdef bint intervals_record(intervals_t *maps, uint64_t cipa, uint64_t size, uint
     if overlaps(maps, at, cipa + size):
         recorded = make_unknown(maps, at, cipa, cipa + size)
     else:
-        recorded = add_known(maps, cipa, cipa + size, ipa)
+        recorded = add_known(maps, at, cipa, cipa + size, ipa)
     pthread_mutex_unlock(&maps.lock)
     return recorded
 
@@ -176,12 +178,12 @@ cdef void intervals_remove(intervals_t *maps, uint64_t ipa) noexcept nogil:
     found = maps.starts.find(ipa)
     if found != maps.starts.end():
         erase_range(maps, dereference(found).second)
-        erase_start(maps, ipa)
+        erase_start(maps, found)
 
 
 cdef bint intervals_find(intervals_t *maps, uint64_t start, uint64_t end, interval_t *out) noexcept nogil:
     """The first range that overlaps [start, end) of cIPA; False if none does."""
-    cdef ranges_t.iterator at
+    cdef range_at at
     if start >= end:
         return False
     if maps.lost:
@@ -230,7 +232,7 @@ cdef uint64_t intervals_bytes(const intervals_t *maps) noexcept nogil:
 cdef uint64_t intervals_start_of(intervals_t *maps, uint64_t ipa) noexcept nogil:
     """Canonical start of the known range at ``ipa``, or UNKNOWN_IPA."""
     cdef starts_t.iterator found = maps.starts.find(ipa)
-    return dereference(found).second if found != maps.starts.end() else UNKNOWN_IPA
+    return dereference(dereference(found).second).first if found != maps.starts.end() else UNKNOWN_IPA
 
 
 cdef uint64_t intervals_known(const intervals_t *maps) noexcept nogil:

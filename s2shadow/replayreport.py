@@ -22,7 +22,7 @@ from s2shadow.report import (
 __all__ = ["plot", "replay_csv", "replay_lines"]
 
 ROLES = {"l1": "a host that plays L1", "l0": "a host (L0) that runs a guest hypervisor"}
-COLOURS = {"reverse-map": "#1b7f5c", "interval-map": "#2e6da4", "blow-away": "#c0392b", "blow-away-lean": "#e59866"}
+COLOURS = {"reverse-map": "#1b7f5c", "interval-map": "#2c6fbb", "blow-away": "#c0392b", "blow-away-lean": "#e59866"}
 STYLES = {"reverse-map": "-", "interval-map": "-.", "blow-away": "-", "blow-away-lean": "--"}
 
 
@@ -217,7 +217,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     served.set_xlabel("seconds of the trace")
     figure.suptitle(f"Shadow page tables under {result['trace']['label']}", fontsize=13)
-    figure.legend(loc="outside lower center", ncols=len(result["policies"]), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2 if len(result["policies"]) > 3 else 3, fontsize=9, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format=Path(file).suffix.lower()[1:], dpi=150)
     write_whole(file, image.getvalue())

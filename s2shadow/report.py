@@ -254,7 +254,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
     parts = (("teardown (p50)", lambda row: row["teardown_ns_per_event"]["p50"]),
              ("refaults", lambda row: row["refault_ns_per_event"]),
              ("total", lambda row: row["total_ns_per_event"]))
-    colours = {"reverse-map": "#1b7f5c", "interval-map": "#2e6da4", "blow-away": "#c0392b",
+    colours = {"reverse-map": "#1b7f5c", "interval-map": "#2c6fbb", "blow-away": "#c0392b",
                "blow-away-lean": "#e59866"}
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.add_subplot()
@@ -282,7 +282,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
     pages = result["config"]["event_pages"]
     figure.suptitle(f"What one host change of {pages:,} page{'s' if pages > 1 else ''} costs a nested VM", fontsize=13)
     axes.set_title(result["workload"]["label"], fontsize=9, color="#555555")
-    figure.legend(loc="outside lower center", ncols=len(policies), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2 if len(policies) > 3 else 3, fontsize=9, frameon=False)
     suffix = Path(file).suffix.lower()
     image = io.BytesIO()
     figure.savefig(image, format=suffix[1:], dpi=150)

@@ -25,6 +25,7 @@ GRANULES = [(4 * K, 4 * K), (4 * K, 16 * K), (4 * K, 64 * K), (16 * K, 64 * K)]
 BASES = (0, 2 * M - 16 * K, 2 * M, 6 * M, 32 * M, 33 * M, 512 * M, 514 * M, G, G + 2 * M, 2 * G, 8 * G)
 VMIDS = (1, 2, 3)
 SLOTS = len(BASES)
+HIGH_BASES = (*BASES[:-3], (1 << 48) + 2 * M, (1 << 51) + G, (1 << 52) - 32 * M)  # of inputs with 52 bits
 ALIASES = (0, 2 * M, 32 * M, 512 * M, G, 8 * G)
 ODD_TARGETS = (NOWHERE, DEVICE, ROM, ROM + M - 64 * K)
 VMALLS12, IPA, ALL = 0, 1, 5
@@ -52,7 +53,8 @@ class Pair:
         options["granules"] = tuple(g for g in (4 * K, 16 * K, 64 * K) if g >= host_granule)
         options |= features or {}
         size = {"vcpus": vcpus, "contexts": contexts, "attributes": attributes}
-        self.vm = s2shadow.NestedVM(self.ours, features=s2shadow.Features(**options), teardown=teardown, **size, **engine)
+        engine |= {"features": s2shadow.Features(**options), "teardown": teardown}
+        self.vm = s2shadow.NestedVM(self.ours, **size, **engine)
         self.model = MODELS.get(teardown, VM)(self.theirs, Features(**options), **size)
         self.pa_bits = self.model.features.pa_bits
         self.host = HOST_OF_PA_BITS[self.pa_bits]
@@ -60,6 +62,7 @@ class Pair:
         self.vcpus = vcpus
         self.tables = [self.new_tables(n, granules[n], vtcr=ha * rig.HA | more.pop("vtcr", 0), **more)
                        for n, more in enumerate(map(dict, shapes))]  # fmt: skip
+        self.bases = HIGH_BASES if any(tables.ia_bits == 52 for tables in self.tables) else BASES
         if populate:
             self.vm.host.populate = s2shadow.Linear(offset=self.host, max_block=populate)
             self.model.populate = Linear(self.host, populate)
@@ -90,7 +93,7 @@ class Pair:
     # addresses
 
     def ipa(self, slot, offset=0):
-        return BASES[slot % SLOTS] + offset * self.page + 8 * slot
+        return self.bases[slot % SLOTS] + offset * self.page + 8 * slot
 
     def target(self, page):
         """Where L1's leaf points: into the data, or once in a while where there is none."""
@@ -107,12 +110,12 @@ class Pair:
 
     # vCPUs
 
-    def load(self, n, vmid, table, on=True, hcr=0):
-        """`hcr`: more bits than VM, and FWB for table 1. VMID 3 has an S2PIR of its own."""
+    def load(self, n, vmid, table, on=True, hcr=0, s2pir=rig.S2PIR):
+        """`hcr`: more bits than VM, and FWB for table 1."""
         n %= self.vcpus
         tables = self.tables[table]
         hcr |= (HCR_VM if on else 0) | (HCR_FWB if table else 0)
-        more = {"hcr": hcr, "big_endian": tables.big_endian, "s2pir": OTHER_S2PIR if vmid == 3 else rig.S2PIR}
+        more = {"hcr": hcr, "big_endian": tables.big_endian, "s2pir": s2pir}
         index = self.vm.vcpus[n].load(tables.vttbr(vmid), tables.vtcr, **more).index
         assert index == self.model.load(n, tables.vttbr(vmid), tables.vtcr, **more)
 
@@ -153,16 +156,33 @@ class Pair:
         cipa = self.target(page) & -tables.size(level)
         had_table = self.has_table(tables, ipa, level)
         tables.map(ipa, cipa, level, perm=perm, memattr=memattr, sh=sh, af=int(young), clean=clean)
-        self.after_edit(ipa, had_table, tlbi)
+        self.after_edit(table, ipa, had_table, tlbi)
 
     def has_table(self, tables, ipa, level):
         return level < 3 and tables.get(tables.slot(ipa, level)) & 3 == 3
 
-    def after_edit(self, ipa, had_table, tlbi):
+    def after_edit(self, table, ipa, had_table, tlbi):
         """A vCPU may remember L1's tables, as hardware's walk caches do: where one went, L1 must say so, under every
         VMID that uses the table. Leaves may wait: the model knows what the shadows hold of them."""
-        for vmid in VMIDS if had_table else VMIDS[:tlbi]:
+        if had_table:
+            self.forget_table(table, ipa)
+        elif tlbi:
+            self.tlbi_ipa(0, ipa, 1)
+
+    def forget_table(self, table, ipa):
+        """L1 says that a table under this address went."""
+        for vmid in VMIDS:
             self.tlbi_ipa(0, ipa, vmid)
+
+    def l1_change(self, table, ipa, perm, memattr, sh, clean, tlbi):
+        """L1 changes its mind about a page: the same address, other permissions or attributes."""
+        tables = self.tables[table]
+        where = tables.slot(ipa, 3)
+        desc = tables.get(where)
+        if desc & 3 == 3:
+            tables.set(where, tables.leaf(tables.decode(desc), 3, perm, memattr, sh, clean=clean))
+        if tlbi:
+            self.tlbi_ipa(0, ipa, 1)
 
     def l1_clean(self, table, ipa, tlbi=True):
         """L1 takes the dirty state back, as it does while it migrates L2."""
@@ -182,7 +202,7 @@ class Pair:
             size = tables.size(level)
             had_table = self.has_table(tables, size * (1 + n), level)
             tables.map(size * (1 + n), (self.huge if to_huge else self.data) & -size, level, perm=perm)
-            self.after_edit(size * (1 + n), had_table, False)
+            self.after_edit(table, size * (1 + n), had_table, False)
 
     def huge_ipa(self, table, n, at):
         """`at` is an address inside."""
@@ -200,7 +220,7 @@ class Pair:
         level = max(level, tables.start)
         had_table = self.has_table(tables, ipa, level)
         tables.unmap(ipa, level)
-        self.after_edit(ipa, had_table, tlbi)
+        self.after_edit(table, ipa, had_table, tlbi)
 
     def tlbi(self, n, op, vmid):
         regs = self.registers(vmid)

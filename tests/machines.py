@@ -42,6 +42,7 @@ def random_machine(rng, host_granule, pa_bits, hafdbs, s2pie):
         "xnx": xnx,
         "ha": rng.random() < 0.9,
         "attributes": rng.choice(("architectural",) * 4 + ("kvm72",)),
+        "teardown": rng.choice(("reverse-map",) * 4 + ("interval-map",)),
     }
 
 

@@ -1,7 +1,7 @@
 """A seeded stream of operations on a lockstep.Pair: what L2, L1 and the host do, so that shadows stay full."""
 
-from lockstep import ALIASES, DATA_PAGES, SLOTS
-from rig import MRO
+from lockstep import ALIASES, DATA_PAGES, OTHER_S2PIR, SLOTS
+from rig import MRO, S2PIR
 from s2shadow import HCR_CD, HCR_PTW
 
 PERMS = ("r", "rw", "rx", "rwx", "rwx", "rwx", "w", "rp", "ru", "")
@@ -138,11 +138,22 @@ def fault_near(rng, pair):
         pair.fault(n, ipa + 8 * rng.randrange(100), rng.choice((access, 1, 2)))
 
 
+def some_page(rng):
+    """Mostly one of a few, so that the same page is seen through many addresses and contexts; or one that is no RAM."""
+    if rng.random() < 0.08:
+        return DATA_PAGES - 1 - rng.randrange(4)
+    return rng.choice((rng.randrange(24), rng.randrange(DATA_PAGES - 8)))
+
+
+def log_more(rng, pair):
+    pair.log_dirty(0, DATA_PAGES, rng.random() < 0.7)
+
+
 def mmu_write(rng, pair):
     """Stage-1 tables where only the MMU may write: it updates a descriptor, somebody else tries."""
     ipa, table = pair.ipa(rng.randrange(SLOTS), rng.randrange(12)), rng.randrange(2)
     pair.load(0, rng.randrange(1, 3), table)
-    pair.l1_map(table, ipa, 3, rng.randrange(DATA_PAGES - 8), MRO, young=rng.random() < 0.5, clean=rng.random() < 0.5)
+    pair.l1_map(table, ipa, 3, some_page(rng), MRO, young=rng.random() < 0.5, clean=rng.random() < 0.5)
     for access in rng.sample((2 | 16, 1 | 16, 2, 1, 3 | 16), 4):
         pair.fault(0, ipa, access)
 
@@ -156,13 +167,14 @@ def fault_huge(rng, pair):
 
 def load_more(rng, pair):
     hcr = rng.choice((0, 0, HCR_CD)) | rng.choice((0, HCR_PTW))
-    pair.load(rng.randrange(2), rng.randrange(1, 4), rng.randrange(2), rng.random() < 0.9, hcr)
+    s2pir = rng.choice((S2PIR, S2PIR, OTHER_S2PIR))
+    pair.load(rng.randrange(2), rng.randrange(1, 4), rng.randrange(2), rng.random() < 0.9, hcr, s2pir)
 
 
 def l1_map_more(rng, pair):
     """Writable-clean pages, pages that only the MMU may write, and memory of every type."""
     slot, offset, table = rng.randrange(SLOTS), rng.randrange(12), rng.randrange(2)
-    level, page = rng.choice((*[3] * 20, 2, 2, 1)), rng.randrange(DATA_PAGES)
+    level, page = rng.choice((*[3] * 20, 2, 2, 1)), some_page(rng)
     perm, memattr = rng.choice((*PERMS, *["rwx"] * 8, "rw", "w", MRO, MRO)), rng.choice((15, 15, rng.randrange(16)))
     sh, young, clean = rng.choice((3, 2, 1, 0)), rng.random() < 0.8, rng.random() < 0.6
     pair.l1_map(table, pair.ipa(slot, offset), level, page, perm, memattr, sh, young, rng.random() < 0.7, clean)
@@ -173,7 +185,18 @@ def l1_fill(rng, pair):
     slot, table = rng.randrange(SLOTS), rng.randrange(2)
     for offset in range(12):
         perm = rng.choice((*PERMS, *["rwx"] * 10, MRO, MRO, MRO))
-        pair.l1_map(table, pair.ipa(slot, offset), 3, rng.randrange(DATA_PAGES - 8), perm, clean=rng.random() < 0.5)
+        pair.l1_map(table, pair.ipa(slot, offset), 3, some_page(rng), perm, clean=rng.random() < 0.5)
+
+
+def l1_change(rng, pair):
+    """With the same page touched before and after, mostly without a TLBI."""
+    slot, offset, n, table = rng.randrange(SLOTS), rng.randrange(12), rng.randrange(2), rng.randrange(2)
+    ipa = pair.ipa(slot, offset)
+    pair.fault(n, ipa, rng.choice((1, 2)))
+    perm, memattr = rng.choice((*PERMS, "rwx", "rwx", MRO)), rng.choice((15, 15, rng.randrange(16)))
+    pair.l1_change(table, ipa, perm, memattr, rng.choice((3, 3, 2, 0)), rng.random() < 0.5, rng.random() < 0.3)
+    for access in rng.choices((1, 2, 4, 17, 18), k=2):
+        pair.fault(n, ipa, access)
 
 
 def l1_clean(rng, pair):
@@ -203,9 +226,11 @@ MORE = {
     l1_unmap: 2,
     l1_fill: 40,
     l1_clean: 40,
+    l1_change: 60,
     l1_map_huge: 20,
     host_map_memattr: 8,
     host_map_huge: 3,
+    log_more: 12,
     log_dirty: 10,
     dirty_log: 15,
 }

@@ -19,16 +19,17 @@ def random_features(rng):
     """Keyword arguments of Features."""
     wide = rng.random() < 0.5
     lpa2 = wide and rng.random() < 0.6
+    s2pie = rng.random() < 0.4
     return {
         "pa_bits": 52 if wide else rng.choice((32, 36, 40, 42, 44, 48, 48, 48)),
         "lpa": wide,
         "lpa2": lpa2,
         "granules": rng.choice(((4096, 16384, 65536),) * 6 + ((4096,), (16384, 65536), (65536,), (4096, 65536))),
-        "xnx": rng.random() < 0.7,
+        "xnx": s2pie or rng.random() < 0.6,
         "fwb": rng.random() < 0.7,
         "ttst": rng.random() < 0.7,
         "hafdbs": rng.choice((0, 1, 2, 2)),
-        "s2pie": rng.random() < 0.4,
+        "s2pie": s2pie,
         "vmid_bits": rng.choice((8, 16)),
         "bbm": rng.random() < 0.3,
     }
@@ -43,7 +44,9 @@ def random_vtcr(rng, feat):
     shift = page + (page - 3) * (3 - start)
     largest = min(52 if ds or granule == 65536 else 48, feat["pa_bits"], shift + page + 1)
     ia = rng.randint(min(shift + 1, largest), largest)
-    vtcr = (64 - ia) | SL0[granule][start] << 6 | TG0[granule] << 14 | rng.choice((0, 1, 2, 5, 5, 5, 6, 6, 6, 6, 7)) << 16
+    vtcr = (
+        (64 - ia) | SL0[granule][start] << 6 | TG0[granule] << 14 | rng.choice((0, 1, 2, 5, 5, 5, 6, 6, 6, 6, 7)) << 16
+    )
     vtcr |= (rng.random() < 0.6) << 36
     vtcr |= rng.getrandbits(6) << 8 | rng.getrandbits(4) << 19 | ds << 32 | (start == -1) << 33
     return vtcr ^ (rng.getrandbits(36) & 0x3_0078_FFFF if rng.random() < 0.15 else 0)

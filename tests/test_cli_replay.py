@@ -100,7 +100,8 @@ def test_json_and_csv(call, nested, tmp_path):
     code, out, _ = call(nested, "--memslot", SLOT, "--json", file, "--csv")
     assert code == 0
     result = json.loads(file.read_text())
-    assert result["schema"] == 1 and result["config"]["memslots"] == [{"gpa": GUEST, "hva": HOST_VA, "size": PAGES * PAGE}]
+    assert result["schema"] == 1
+    assert result["config"]["memslots"] == [{"gpa": GUEST, "hva": HOST_VA, "size": PAGES * PAGE}]
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["policy"] for row in rows] == list(result["policies"])
     for row, figures in zip(rows, result["policies"].values(), strict=True):

@@ -8,7 +8,7 @@ import rig
 import s2shadow
 from model.walk import START_LEVEL
 from rig import AF, CONTIGUOUS, DATA, DIRTY, DS, HA, HD, HOST, RAM, G, K, M, Rig, Tables
-from s2shadow import HCR_VM, HIT, L1_FAULT, MAPPED, READ, WRITE, Features
+from s2shadow import HCR_VM, L1_FAULT, MAPPED, READ, WRITE, Features
 
 TG0_BITS = 3 << 14
 GRANULES = (4 * K, 16 * K, 64 * K)
@@ -274,32 +274,34 @@ class TestWideHost:
     def test_largest_block(self, host_granule):
         """One leaf for all of it, with the address where the format has it."""
         vm, size = self.vm(host_granule)
-        vm.host.map(HIGH, HIGH - size, size)
+        pa = 0x6 << 48 | size
+        vm.host.map(HIGH, pa, size)
         f = vm.vcpus[0].fault(HIGH + size // 2 + 8, WRITE)
-        assert (f.kind, f.size, f.pa) == (MAPPED, size, HIGH - size // 2 + 8)
+        assert (f.kind, f.size, f.pa) == (MAPPED, size, pa + size // 2 + 8)
         (row,) = vm.shadow(0)
-        desc, pa = row["desc"].item(), HIGH - size
+        desc = row["desc"].item()
         place = (pa & (1 << 48) - 1 | pa >> 48 << 12) if host_granule == 64 * K else pa & (1 << 50) - 1 | pa >> 50 << 8
         sh = 3 << 8 if host_granule == 64 * K else 0
         assert desc & (1 << 53) - 1 == place | sh | 1 | 6 << 2 | 3 << 6 | AF
         assert (row["size"], row["sh"], row["level"]) == (size, 3, 0 if host_granule == 4 * K else 1)
-        assert vm.host.leaves()[["cipa", "pa", "size"]].tolist() == [(HIGH, HIGH - size, size)]
+        assert vm.host.leaves()[["cipa", "pa", "size"]].tolist() == [(HIGH, pa, size)]
         vm.check()
 
     def test_write_while_logged_splits_it(self, host_granule):
         """Down to a page, through every level; the rest of it stays where it was."""
         vm, size = self.vm(host_granule)
-        vm.host.map(HIGH, HIGH - size, size)
+        pa = 0x6 << 48
+        vm.host.map(HIGH, pa, size)
         assert vm.vcpus[0].fault(HIGH).size == size
         vm.log_dirty(HIGH, HIGH + size)
         f = vm.vcpus[0].fault(HIGH + 5 * host_granule, WRITE)
         assert (f.kind, f.size) == (MAPPED, host_granule)
         rows = vm.host.leaves()
         assert int(rows["size"].sum()) == size
-        assert ((rows["cipa"] - rows["pa"]) == size).all()
+        assert ((rows["cipa"] - rows["pa"]) == HIGH - pa).all()
         assert [row["cipa"].item() for row in rows if row["perm"] & WRITE] == [HIGH + 5 * host_granule]
         far = vm.vcpus[0].fault(HIGH + size - 8)
-        assert (far.kind, far.pa) == (MAPPED, HIGH - 8)
+        assert (far.kind, far.pa) == (MAPPED, pa + size - 8)
         vm.check()
 
     def test_aliases_of_the_top_page(self, host_granule):

@@ -28,7 +28,9 @@ class Observed(TlbiPair):
     def same_fault(self, got, want):
         super().same_fault(got, want)
         self.counted[want.kind] += 1
-        self.counted["mmu writes"] += want.kind == MMIO and self.theirs.region(want.cipa) == self.theirs.region(self.data)
+        self.counted["mmu writes"] += want.kind == MMIO and self.theirs.region(want.cipa) == self.theirs.region(
+            self.data
+        )
         self.counted["dirty"] += any(self.is_dirty(address, word) for address, word in self.theirs.writes)
         self.counted["huge"] += want.size >= 64 << 30
 

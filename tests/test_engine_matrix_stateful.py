@@ -1,4 +1,4 @@
-"""Machines of every kind, step by step: hypothesis chooses the machine, L1's formats and the sequence, and shrinks it."""
+"""Machines of every kind, step by step: hypothesis chooses machine, formats of L1 and sequence, and shrinks them."""
 
 import os
 import random
@@ -9,8 +9,8 @@ from hypothesis.stateful import initialize, rule
 
 import machines
 import tlbistep
-from lockstep import SLOTS
-from rig import MRO
+from lockstep import OTHER_S2PIR, SLOTS
+from rig import MRO, S2PIR
 from s2shadow import HCR_CD, HCR_PTW
 from test_engine_stateful import PAGES, PERM
 from test_tlbi_exact import Tlbis
@@ -35,7 +35,9 @@ class Machines(Tlbis):
             for table in (0, 1):
                 self.pair.l1_map(table, self.pair.ipa(slot), 3 - slot % 2, 3 * slot, clean=slot % 3 == 0)
 
-    @rule(n=TABLE, slot=st.integers(0, SLOTS - 1), offset=OFFSET, access=st.sampled_from([1, 1, 2, 2, 17, 18, 18, 19, 4]))
+    @rule(
+        n=TABLE, slot=st.integers(0, SLOTS - 1), offset=OFFSET, access=st.sampled_from([1, 1, 2, 2, 17, 18, 18, 19, 4])
+    )
     def fault_near(self, n, slot, offset, access):
         self.pair.fault(n, self.pair.ipa(slot, offset), access)
 
@@ -44,9 +46,10 @@ class Machines(Tlbis):
         inside = self.pair.data + inside % 1024 * self.pair.page if near else inside & -self.pair.page
         self.pair.fault(n, self.pair.huge_ipa(table, block, inside), 1)
 
-    @rule(n=TABLE, vmid=st.integers(1, 3), table=TABLE, hcr=st.sampled_from([0, HCR_CD, HCR_PTW, HCR_PTW | HCR_CD]))
-    def load_more(self, n, vmid, table, hcr):
-        self.pair.load(n, vmid, table, True, hcr)
+    @rule(n=TABLE, vmid=st.integers(1, 3), table=TABLE, hcr=st.sampled_from([0, HCR_CD, HCR_PTW, HCR_PTW | HCR_CD]),
+          s2pir=st.sampled_from([S2PIR, S2PIR, OTHER_S2PIR]))  # fmt: skip
+    def load_more(self, n, vmid, table, hcr, s2pir):
+        self.pair.load(n, vmid, table, True, hcr, s2pir)
 
     @rule(
         table=TABLE, slot=st.integers(0, SLOTS - 1), offset=OFFSET, page=PAGES, perm=PERM | st.just(MRO),
@@ -54,6 +57,13 @@ class Machines(Tlbis):
     )  # fmt: skip
     def l1_maps_more(self, table, slot, offset, **fields):
         self.pair.l1_map(table, self.pair.ipa(slot, offset), 3, **fields)
+
+    @rule(
+        table=TABLE, slot=st.integers(0, SLOTS - 1), offset=OFFSET, perm=PERM | st.just(MRO),
+        memattr=st.sampled_from([15, 15, 5, 1, 6, 7]), sh=st.integers(0, 3), clean=st.booleans(), tlbi=st.booleans(),
+    )  # fmt: skip
+    def l1_changes(self, table, slot, offset, **fields):
+        self.pair.l1_change(table, self.pair.ipa(slot, offset), **fields)
 
     @rule(table=TABLE, slot=st.integers(0, SLOTS - 1), offset=OFFSET, tlbi=st.booleans())
     def l1_cleans(self, table, slot, offset, tlbi):

@@ -3,6 +3,7 @@
 Which leaves go, in any order of events, is compared with a model in test_engine_stateful and test_engine_seeded.
 """
 
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import s2shadow
 from model.intervals import Ranges
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, K, M, Rig, flags
-from s2shadow import HIT, HOST_FAULT, MAPPED, NO_MEMORY, READ, WRITE
+from s2shadow import HIT, HOST_FAULT, MAPPED, READ, WRITE
 
 STEPS = 1 << 18  # 2^48 of input space in blocks of 1 GiB
 NODES = 104  # bytes of a known range: one node in either direction
@@ -348,7 +349,7 @@ def test_bound_covers_the_maps():
 
 
 def test_ranges_without_leaves_are_given_back():
-    """UNKNOWN ranges that outlived their leaves fill the bound in two contexts; others get the room when they need it."""
+    """UNKNOWN ranges that outlived their leaves fill the bound; who needs the room gets it."""
     r = tight(900 * K)
     for vmid in (1, 2):
         r.load(vmid)
@@ -365,15 +366,16 @@ def test_ranges_without_leaves_are_given_back():
 
 
 REFUSED = """
-import resource, sys
+import resource
 import numpy as np
 import s2shadow
-from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, M, Rig
+from rig import HOST, PAGE, G, M, Rig
 
 r = Rig(teardown="interval-map")
-r.vm.host.map(RAM, HOST + PAGE + RAM, RAM_SIZE)
-r.tables.map_range(0, DATA, 32 * M, level=2)
-ipas = np.random.default_rng(1).integers(0, 8192, 100_000).astype(np.uint64) * PAGE
+r.mem.add(4 * G, 256 * M)
+r.vm.host.map(4 * G, HOST + PAGE, 256 * M)                  # by pages
+r.tables.map_range(0, 4 * G, 256 * M, level=2)
+ipas = np.random.default_rng(1).permutation(256 * M // PAGE).astype(np.uint64) * PAGE
 out = np.zeros(len(ipas), s2shadow.FAULT_DTYPE)
 r.vcpu.fault_many(ipas[:100], out=out[:100])
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -381,19 +383,20 @@ resource.setrlimit(resource.RLIMIT_AS, (1 << 20, hard))     # less than is in us
 r.vcpu.fault_many(ipas, out=out)
 resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 r.vm.check()
-print(sorted(set(out["kind"].tolist())), r.vm.stats.evictions > 0, r.vm.stats.live < 8192)
-r.vcpu.fault_many(np.arange(8192, dtype=np.uint64) * PAGE)
+print(sorted(set(out["kind"].tolist())), r.vm.stats.evictions > 0, r.vm.stats.live < len(ipas))
+r.vcpu.fault_many(ipas)
 r.vm.check()
-print(r.vm.stats.live)
+print(r.vm.stats.live == len(ipas))
 """
 
 
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="ASan cannot work where malloc gets nothing")
 def test_allocator_refuses():
     """No memory for a node: the leaf is not installed, others make room, and nothing is left untracked."""
     code = f"import sys; sys.path[:0] = {sys.path!r}\n{REFUSED}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[0, 1] True True", "8192"]
+    assert done.stdout.splitlines() == ["[0, 1] True True", "True"]
 
 
 # the map by itself

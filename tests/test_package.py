@@ -35,7 +35,7 @@ def test_metadata():
     assert meta["Requires-Python"] == ">=3.11"
     required = metadata.requires("s2shadow")
     assert [name for name in required if "extra ==" not in name] == ["numpy>=1.26"]
-    assert set(meta.get_all("Provides-Extra")) == {"cli", "plot", "trace"}
+    assert set(meta.get_all("Provides-Extra")) == {"cli", "dask", "plot", "trace"}
     (script,) = metadata.entry_points(group="console_scripts", name="s2shadow")
     assert script.value == "s2shadow.cli:main"
 
@@ -76,5 +76,5 @@ def test_import_is_quick():
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 def test_git_holds_nothing_generated():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    made = (".c", ".so", ".pyc", ".html")
+    made = (".c", ".cpp", ".so", ".pyc", ".html")
     assert not [name for name in listed.splitlines() if name.endswith(made) or name.startswith("build/")]

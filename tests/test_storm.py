@@ -352,7 +352,7 @@ def test_ratios(result):
 
 
 def test_three_designs_side_by_side():
-    """Without aliases the interval map takes what the reverse map takes; with them whole contexts, and Linux's steps."""
+    """Without aliases the interval map takes what the reverse map takes; with them whole contexts, and the steps."""
     designs = ("reverse-map", "interval-map", "blow-away")
     plain = run(small(events=30, teardown=designs))["policies"]
     assert [plain[name]["refaults_per_event"] for name in designs] == [1, 1, 1200]
@@ -441,7 +441,8 @@ def test_garbage_collection_is_on_again():
     ({"seed": -1}, "seed must not be negative"),
     ({"seconds": 0}, "seconds must be positive"),
     ({"teardown": ()}, "teardown names no policy"),
-    ({"teardown": ("prayer",)}, "teardown must be of reverse-map, interval-map, blow-away, blow-away-lean, got 'prayer'"),
+    ({"teardown": ("prayer",)},
+     "teardown must be of reverse-map, interval-map, blow-away, blow-away-lean, got 'prayer'"),
     ({"tlbi": "loose"}, "tlbi must be one of exact, kvm72, got 'loose'"),
     ({"capture": "x"}, "capture and synthetic exclude each other"),
 ])

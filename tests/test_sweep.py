@@ -24,18 +24,9 @@ from hypothesis import strategies as st
 from s2shadow import storm, sweepreport
 from s2shadow.cli import main
 from s2shadow.journal import Journal, JournalError
-from s2shadow.storm import POLICIES, StormConfig
-from s2shadow.sweep import (
-    EXAMPLE,
-    KEYS,
-    SpecError,
-    SweepError,
-    WorkerPool,
-    load_spec,
-    parse_spec,
-    points,
-    run_sweep,
-)
+from s2shadow.storm import DEFAULT_POLICIES, POLICIES, StormConfig
+from s2shadow.sweep import SweepError, WorkerPool, run_sweep
+from s2shadow.sweepspec import EXAMPLE, KEYS, SpecError, load_spec, parse_spec, points
 from sweepwork import TINY, Deadly, read_csv
 
 CAPTURES = Path(__file__).parent / "data" / "captures"
@@ -82,6 +73,16 @@ def test_the_example_is_a_spec(tmp_path):
     assert {(config.event_pages, config.events) for config in found} == {(1, 2000), (512, 200)}
     assert {config.teardown for config in found} == {("reverse-map", "blow-away")}
     assert all(config.synthetic for config in found)
+
+
+def test_the_example_with_its_last_grid(tmp_path):
+    """Captures beside generated tables: what is said of the latter does not stand in the way."""
+    text, last = EXAMPLE.split("# [[grid]]")
+    (tmp_path / "example.toml").write_text(text + "[[grid]] #" + last.replace("# capture", "capture"))
+    found = points(load_spec(tmp_path / "example.toml"))
+    assert len(found) == 48 + 3 * 2
+    assert [(config.contexts, config.seed) for config in found if not config.synthetic] == \
+        list(product([1, 4, 16], [1, 2]))
 
 
 def test_order_and_defaults(spec):
@@ -187,6 +188,7 @@ def test_any_other_spec_is_refused_by_name_or_taken(table):
     ("teardown = []", "teardown is an empty list"),
     ("vm = 0", "vm needs a capture"),
     ("capture = 'shipped'\npages = 4", "pages is for generated tables, and capture is given"),
+    ("capture = 'shipped'\n[[grid]]\npages = 4", "pages is for generated tables"),
     ("capture = 3", "capture must be text, got 3"),
     ("grid = 3", "grid must be a table, written [[grid]]"),
     ("grid = []", "grid must be a table, written [[grid]]"),
@@ -307,7 +309,7 @@ def test_rows_are_the_storms_of_the_spec(spec, output):
     found = spec("contexts = [1, 2]\npages = [8, 600]\nblock_mix = [0, 0.9]\nwrite = true")
     result = run_sweep(found, Here(), output)
     assert (result.points, result.finished, result.failed, result.before) == (8, 8, 0, 0)
-    assert [(row["point"], row["policy"]) for row in result.rows] == list(product(range(1, 9), POLICIES))
+    assert [(row["point"], row["policy"]) for row in result.rows] == list(product(range(1, 9), DEFAULT_POLICIES))
     plan = points(found)
     for row in result.rows:
         config = plan[row["point"] - 1]
@@ -321,6 +323,14 @@ def test_rows_are_the_storms_of_the_spec(spec, output):
             assert (row["leaves"], row["table_bytes"], row["reverse_map_bytes"], row["refaults_per_event"]) == \
                 (same["leaves"], same["table_bytes"], same["reverse_map_bytes"], same["refaults_per_event"])
             assert row["entries_removed"] / row["events"] == same["entries_removed"] / same["events"]
+
+
+def test_every_policy_can_be_swept(spec, output):
+    result = run_sweep(spec(f"pages = 8\nteardown = {json.dumps(POLICIES)}"), Here(), output)
+    assert [row["policy"] for row in result.rows] == list(POLICIES)
+    assert all(row["error"] is None and row["entries_removed"] > 0 for row in result.rows)
+    text = "\n".join(line.text for line in sweepreport.summary_lines(result))
+    assert all(f"\n{policy} " in text for policy in POLICIES)
 
 
 def test_ratios_are_against_the_reverse_map_of_the_same_point(spec, output):
@@ -340,7 +350,7 @@ def test_csv_and_parquet_hold_the_rows(spec, tmp_path):
         assert read == {name: "" if value is None else str(value) for name, value in row.items()}
     failed = [row for row in result.rows if row["error"] is not None]
     assert {row["error"] for row in failed} == {"event_pages 5 is more than the 4 canonical pages of the set"}
-    assert [row["policy"] for row in failed] == list(POLICIES) and all(row["events"] is None for row in failed)
+    assert [row["policy"] for row in failed] == list(DEFAULT_POLICIES) and all(row["events"] is None for row in failed)
 
     polars = pytest.importorskip("polars", reason="Parquet needs polars, which is not installed")
     again = run_sweep(found, Here(), tmp_path / "out.parquet")
@@ -372,7 +382,7 @@ def test_a_point_without_memory_fails_alone(spec, output, monkeypatch):
         if config.seed == 2:
             raise MemoryError("the engine's tables")
         return real(config)
-    monkeypatch.setattr("s2shadow.sweep.run", run)
+    monkeypatch.setattr("s2shadow.sweepworkers.run", run)
     result = run_sweep(spec("pages = 8\nseed = [1, 2, 3]\nteardown = 'reverse-map'"), Here(), output)
     assert [row["error"] for row in result.rows] == [None, "out of memory: the engine's tables", None]
 
@@ -389,7 +399,7 @@ def test_no_two_storms_at_once_in_one_process(spec, output, monkeypatch):
         time.sleep(0.01)
         at_once -= 1
         return real(config)
-    monkeypatch.setattr("s2shadow.sweep.run", run)
+    monkeypatch.setattr("s2shadow.sweepworkers.run", run)
     with ThreadPoolExecutor(4) as threads:
         result = run_sweep(spec("pages = 8\nseed = [1, 2, 3, 4, 5, 6]"), threads, output)
     assert result.finished == 6 and most == 1
@@ -511,7 +521,7 @@ def test_a_result_without_its_journal_is_not_overwritten(spec, output):
 def test_what_failed_is_tried_again(spec, output, monkeypatch):
     found = spec("pages = 8\nseed = [1, 2]\nteardown = 'reverse-map'")
     with monkeypatch.context() as patch:
-        patch.setattr("s2shadow.sweep.run", lambda config: 1 // 0)
+        patch.setattr("s2shadow.sweepworkers.run", lambda config: 1 // 0)
         assert [row["error"] for row in run_sweep(found, Here(), output).rows] == \
             ["ZeroDivisionError: integer division or modulo by zero"] * 2
     result = run_sweep(found, Here(), output)
@@ -646,7 +656,7 @@ def test_summary_is_of_medians(spec, output):
     text = "\n".join(line.text for line in sweepreport.summary_lines(result))
     assert "12 points over contexts, pages, seed" in text and "1 worker on" in text
     rows = read_csv(output)
-    for policy in POLICIES:
+    for policy in DEFAULT_POLICIES:
         totals = [float(row["total_ns_per_event"]) for row in rows if row["policy"] == policy]
         line = next(line for line in text.splitlines() if line.startswith(policy + " "))
         assert re.split(r" {2,}", line)[1] == "12"
@@ -736,7 +746,7 @@ def test_command_without_running(run, spec):
     assert (code, out) == (0, EXAMPLE)
     code, out, _ = run("spec.toml", "--list")
     assert code == 0 and [line.split() for line in out.splitlines()] == \
-        [["point", "pages", "policies"], ["1", "8", *POLICIES], ["2", "16", *POLICIES]]
+        [["point", "pages", "policies"], ["1", "8", *DEFAULT_POLICIES], ["2", "16", *DEFAULT_POLICIES]]
     assert not Path("spec.csv").exists()
 
 

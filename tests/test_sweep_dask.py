@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 
-from s2shadow import sweep
+from s2shadow import sweepworkers
 from s2shadow.cli import main
 from s2shadow.sweep import SweepError, dask_executor, load_spec, run_sweep
 from sweepwork import TINY, Deadly, read_csv
@@ -16,20 +16,23 @@ from sweepwork import TINY, Deadly, read_csv
 distributed = pytest.importorskip("distributed", reason="distributed (the extra dask) is not installed")
 
 
-@pytest.fixture(scope="module")
-def shared_cluster(tmp_path_factory):
+def two_workers(folder):
     """Two worker processes, each with one thread, as `dask worker` starts them."""
-    folder = tmp_path_factory.mktemp("dask")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0",
-                                  local_directory=str(folder), silence_logs=60) as cluster:
+    return distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0",
+                                    local_directory=str(folder), silence_logs=60)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with two_workers(tmp_path_factory.mktemp("dask")) as cluster:
         yield cluster
 
 
 @pytest.fixture
-def cluster(shared_cluster):
-    """With both workers there: Dask starts a new one where a test has killed one."""
-    shared_cluster.wait_for_workers(2)
-    return shared_cluster
+def mortal_cluster(tmp_path):
+    """For one test: Dask does not always start a new worker for one that was killed early."""
+    with two_workers(tmp_path / "dask") as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -46,17 +49,17 @@ def output(tmp_path):
     return tmp_path / "out.csv"
 
 
-def test_dask_sweep_with_a_worker_killed_halfway(cluster, spec, output):
+def test_dask_sweep_with_a_worker_killed_halfway(mortal_cluster, spec, output):
     found = spec(f"contexts = [1, 2]\npages = [8, 16, 32, 64, 128]\nseed = {list(range(12))}\n"
                  "teardown = ['reverse-map', 'blow-away']")
     killed = []
 
     def kill_halfway(done, total, failed):
         if done == total // 2:
-            (address, nanny), *_ = ((nanny.worker_address, nanny) for nanny in cluster.workers.values())
-            killed.append((nanny.pid, len(cluster.scheduler.workers[address].processing)))
+            (address, nanny), *_ = ((nanny.worker_address, nanny) for nanny in mortal_cluster.workers.values())
+            killed.append((nanny.pid, len(mortal_cluster.scheduler.workers[address].processing)))
             os.kill(nanny.pid, signal.SIGKILL)
-    with dask_executor(cluster.scheduler_address) as (executor, workers):
+    with dask_executor(mortal_cluster.scheduler_address) as (executor, workers):
         assert workers == 2
         result = run_sweep(found, executor, output, kill_halfway, workers=workers, in_flight=64)
     assert len(killed) == 1 and killed[0][1] > 0            # it had points
@@ -68,11 +71,11 @@ def test_dask_sweep_with_a_worker_killed_halfway(cluster, spec, output):
     assert all(row["error"] is None and row["entries_removed"] > 0 for row in result.rows)
 
 
-def test_dask_point_that_kills_its_workers(cluster, spec, output, monkeypatch):
+def test_dask_point_that_kills_its_workers(mortal_cluster, spec, output, monkeypatch):
     """Dask gives a task up after some deaths; so does the sweep after some of that."""
-    monkeypatch.setattr(cluster.scheduler, "allowed_failures", 0)
+    monkeypatch.setattr(mortal_cluster.scheduler, "allowed_failures", 0)
     found = spec("pages = 8\nseed = [1, 2, 3]\nteardown = 'reverse-map'")
-    with dask_executor(cluster.scheduler_address) as (executor, workers):
+    with dask_executor(mortal_cluster.scheduler_address) as (executor, workers):
         result = run_sweep(found, Deadly(executor, {2}), output, retries=1, workers=workers, in_flight=1)
     assert [row["error"] for row in result.rows] == [None, "the worker died, 2 times", None]
 
@@ -86,8 +89,8 @@ def test_dask_from_the_command_line(cluster, spec, output, capsys):
 
 
 def test_dask_workers_of_another_version(cluster, monkeypatch):
-    ours = sweep.own_version()
-    monkeypatch.setattr(sweep, "own_version", lambda: "0.0.7")
+    ours = sweepworkers.own_version()
+    monkeypatch.setattr(sweepworkers, "own_version", lambda: "0.0.7")
     with pytest.raises(SweepError, match=f"Dask worker tcp.* has s2shadow {re.escape(ours)}; this is 0.0.7"), \
             dask_executor(cluster.scheduler_address):
         pass
@@ -118,7 +121,7 @@ def test_dask_scheduler_that_goes_away(cluster, spec, output):
             if done == 1:
                 lost.status = "closed"
         with pytest.raises(SweepError, match="lost the Dask scheduler at tcp://h:1; 1 of 3 points are in"):
-            run_sweep(found, sweep.DaskExecutor(lost, "tcp://h:1"), output, lose, in_flight=1)
+            run_sweep(found, sweepworkers.DaskExecutor(lost, "tcp://h:1"), output, lose, in_flight=1)
     assert [row["seed"] for row in read_csv(output)] == ["1"] * 3
 
 

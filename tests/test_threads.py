@@ -13,7 +13,7 @@ from s2shadow import HIT, HOST_FAULT, L1_FAULT, MAPPED, READ, RETRY, WRITE
 PAGES = 2048
 FINE = {HIT, MAPPED, RETRY}
 
-by_range = pytest.mark.parametrize("teardown", ["reverse-map", "interval-map"])  # those whose removals find their leaves
+by_range = pytest.mark.parametrize("teardown", ["reverse-map", "interval-map"])  # whose removals find leaves
 
 
 def together(*jobs):

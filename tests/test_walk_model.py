@@ -86,7 +86,9 @@ def test_walk(rng):
     for ipa in ipas:
         tablegen.grow(rng, twins.mem, twins.cfg, ipa)
     twins.copy_tables()
-    found = [twins.check_walk(ipa, access, update=False, trace=True) for ipa, access in zip(ipas, accesses, strict=True)]
+    found = [
+        twins.check_walk(ipa, access, update=False, trace=True) for ipa, access in zip(ipas, accesses, strict=True)
+    ]
     twins.check_tables()
     batch = s2shadow.walk_many(
         twins.ours, twins.theirs, np.array(ipas, dtype=np.uint64), np.array(accesses, dtype=np.uint8), update=False
@@ -127,3 +129,25 @@ def test_config(rng):
         assert (theirs.start_level, theirs.concatenated) == (cfg.start_level, cfg.tables)
         assert (theirs.baddr, theirs.ia_bits) == (cfg.base, cfg.ia_bits)
         assert min(theirs.oa_bits, 48) == min(cfg.oa_bits, 48)
+
+
+@given(SEEDED)
+@settings(max_examples=200)
+def test_leaves(rng):
+    """All that a walk could find, and nothing else."""
+    twins = Twins(rng)
+    for _ in range(6):
+        tablegen.grow(rng, twins.mem, twins.cfg, tablegen.random_address(rng, max(twins.cfg.ia_bits, 1)))
+    twins.copy_tables()
+    assert s2shadow.leaves(twins.ours, twins.theirs).tolist() == model.leaves(twins.mem, twins.cfg)
+
+
+def test_leaves_not_to_be_cached():
+    """A block with nT faults under FEAT_BBM, so it is no leaf; without the feature the bit means nothing."""
+    mem = s2shadow.GuestMemory()
+    mem.add(tablegen.RAM, tablegen.POOL)
+    mem.write64(tablegen.RAM, 0x8000_0000 | 1 << 16 | 0x7FD)
+    for bbm in (False, True):
+        feat = s2shadow.Features(bbm=bbm)
+        cfg = s2shadow.Stage2Config(tablegen.RAM, 30 | 5 << 16, feat)
+        assert len(s2shadow.leaves(mem, cfg)) == 1 - bbm == 1 - s2shadow.walk(mem, cfg, 0).status

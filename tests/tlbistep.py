@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from lockstep import BASES, GRANULES, SLOTS, K, Pair
+from lockstep import GRANULES, SLOTS, VMIDS, K, Pair
 from model import tlbi as book
 from model.tlbi import HCR_E2H, HCR_TGE, OPERATIONS
 from model.vm import guest_leaf_size
@@ -31,9 +31,12 @@ def class_of(op):
     return ("RANGE" if op.range else "IPA") if op.scope == "IPA" else op.scope
 
 
+FORGETTING = ("IPAS2E1IS", "IPAS2E1", "IPAS2E1OSNXS", "RIPAS2E1IS", "RIPAS2E1", "VMALLS12E1IS", "VMALLS12E1", "ALLE1")
+
+
 class TlbiPair(Pair):
     def __init__(self, granules=GRANULES[0], vcpus=1, dialect="exact", contexts=5, **options):
-        self.dialect, self.done = dialect, Counter()
+        self.dialect, self.done, self.forgotten = dialect, Counter(), 0
         super().__init__(granules, vcpus, contexts=contexts, tlbi=dialect, **options)
         self.tables[1].vtcr |= VS
 
@@ -73,13 +76,32 @@ class TlbiPair(Pair):
     def tlbi_ipa(self, n, ipa, vmid):
         self.issue(n, "IPAS2E1IS", ipa >> 12, **self.registers(vmid))
 
+    def forget_table(self, table, ipa):
+        """By any operation that is enough for it, under every VMID that the table is used with."""
+        tables = self.tables[table]
+        self.forgotten += 1
+        op = FORGETTING[self.forgotten % len(FORGETTING)]
+        if op.startswith("RIPAS2"):
+            shift = 16 if self.model.features.lpa2 and tables.vtcr & DS else tables.page_bits
+            xt = TG[tables.granule] << 46 | (ipa >> shift) & (1 << 37) - 1
+        else:
+            hint = TG[tables.granule] << 2 | 3 if self.forgotten % 2 else 0  # tables above that level go all the same
+            xt = ipa >> 12 | hint << 44
+        for vmid in {*VMIDS, WIDE_VMID if table else 1}:
+            n = self.forgotten // 7 % self.vcpus
+            self.issue(n, op, xt, vttbr=tables.base | vmid << 48, vtcr=tables.vtcr)
+
     # aimed at what is there
 
     def target_leaf(self, pick, inside):
         """(address, context, leaf): somewhere in what L1's leaf around a live leaf spans; or in an empty slot."""
         live = [(index, ipa) for index, ctx in enumerate(self.model.contexts) for ipa in sorted(ctx.leaves)]
         if not live:
-            return BASES[pick % SLOTS] + inside % 16 * 4 * K, self.model.contexts[self.model.vcpus[0].index or 0], None
+            return (
+                self.bases[pick % SLOTS] + inside % 16 * 4 * K,
+                self.model.contexts[self.model.vcpus[0].index or 0],
+                None,
+            )
         index, ipa = live[pick % len(live)]
         ctx = self.model.contexts[index]
         leaf = ctx.leaves[ipa]
@@ -97,7 +119,8 @@ class TlbiPair(Pair):
         address, ctx, leaf = self.target_leaf(pick, inside)
         if ttl == RIGHT:
             ttl = TG[ctx.granule] << 2 | leaf.guest_level & 3 if leaf else 0
-        xt = address >> 12 | ttl << 44 | (junk & 0xFF) << 36 | (junk >> 8 & 0xFFFF) << 48
+        res0 = (junk & 0xF0 if self.pa_bits == 52 else junk & 0xFF) << 36 | (junk >> 8 & 0xFFFF) << 48
+        xt = address >> 12 | ttl << 44 | res0
         self.issue(n, op, xt, **self.registers_for(ctx, who, table), hcr=hcr)
 
     def tlbi_range(self, n, op, pick, inside, size, tg, ttl, back, high, who, table, ds, junk=0, hcr=HCR_VM):
@@ -107,7 +130,8 @@ class TlbiPair(Pair):
         if ttl == RIGHT:
             ttl = leaf.guest_level & 3 if leaf else 0
         scale, num = size
-        shift = 16 if ds and self.model.features.lpa2 else 10 + 2 * (tg or 3)
+        ds_in_force = self.model.features.lpa2 and (self.tables[table].vtcr & DS or ds)
+        shift = 16 if ds_in_force else 10 + 2 * (tg or 3)
         span = (num + 1 << 5 * scale + 1) << 10 + 2 * (tg or 3)
         base = (max(address - span * back // 4, 0) | high) >> shift & (1 << 37) - 1
         xt = tg << 46 | scale << 44 | num << 39 | ttl << 37 | base | (junk & 0xFFFF) << 48

@@ -1,9 +1,9 @@
 """The model under teardown="interval-map", from the description of the 2026 proposal for Linux.
 
-Each context remembers, for ranges of L1's memory, the one nested address that maps them. A new leaf whose range overlaps
-any remembered one makes a single UNKNOWN range of all that touch it. A host change that removes leaves asks the ranges
-that it overlaps: a known one costs its leaf, an UNKNOWN one every leaf of the context, which then remembers nothing.
-Whatever only takes permissions narrows every leaf there is; aging looks at the host's leaves.
+Each context remembers, for ranges of L1's memory, the one nested address that maps them. A new leaf whose range
+overlaps any remembered one makes a single UNKNOWN range of all that touch it. A host change that removes leaves asks
+the ranges that it overlaps: a known one costs its leaf, an UNKNOWN one every leaf of the context, which then remembers
+nothing. Whatever only takes permissions narrows every leaf there is; aging looks at the host's leaves.
 """
 
 from dataclasses import dataclass, field

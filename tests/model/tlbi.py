@@ -248,6 +248,9 @@ def apply(vm, name, xt, vttbr, vtcr, dialect="exact"):
     op = OPERATIONS[name]
     had_to = required(vm, op, xt, vttbr, vtcr)
     gone = had_to if dialect == "exact" else removed_kvm72(vm, op, xt, vttbr, vtcr)
-    for index, ipa in gone:
-        del vm.contexts[index].leaves[ipa]
+    if op.regime == "EL10_S12":
+        vm.tlbi_all() if op.scope == "ALL" else vm.tlbi_vmid(vttbr, vtcr)
+    else:
+        for index, ipa in gone:
+            vm.remove(vm.contexts[index], ipa)
     return gone, had_to & gone

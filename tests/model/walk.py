@@ -369,3 +369,25 @@ def hardware_update(mem, cfg, found, access, update):
             return faulted("walk-abort", found.level, found.desc, found.desc_addr)
         found.desc, found.perm = new, cfg.permissions(new)
     return found
+
+
+def leaves(mem, cfg):
+    """Every leaf that is in order: (ipa, output, size, descriptor, level, permissions, MemAttr, SH), by address."""
+    if not cfg.enabled or cfg.fault:
+        return []
+    entries = 1 << cfg.ia_bits - cfg.shift(cfg.start_level)
+    return list(leaves_below(mem, cfg, cfg.base, entries, 0, cfg.start_level))
+
+
+def leaves_below(mem, cfg, table, entries, ipa, level):
+    for addr in sorted(a for a in mem.words if table <= a < table + 8 * entries and mem.read(a) is not None):
+        desc = swap64(mem.words[addr]) if cfg.big_endian else mem.words[addr]
+        at = ipa + ((addr - table) // 8 << cfg.shift(level))
+        kind = cfg.kind(desc, level)
+        if kind == "table" and not cfg.address(desc) >> cfg.oa_bits:
+            yield from leaves_below(mem, cfg, cfg.address(desc), cfg.granule // 8, at, level + 1)
+        elif kind in ("block", "page") and not cfg.block_base(desc, level) >> cfg.oa_bits:
+            if not (kind == "block" and cfg.features.bbm and bits(desc, 16, 16)):
+                sh = bits(desc, 9, 8) if cfg.implied_sh is None else cfg.implied_sh
+                size, perm, memattr = 1 << cfg.shift(level), cfg.permissions(desc), bits(desc, 5, 2)
+                yield at, cfg.output(desc, level, at), size, desc, level, perm, memattr, sh
