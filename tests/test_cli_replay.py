@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_replay import GUEST, HOST_VA, PAGE, PAGES, compose
-from tracetext import Trace
 
 from s2shadow import replayreport
 from s2shadow.cli import main
 from s2shadow.replay import ReplayConfig, run
+from test_replay import GUEST, HOST_VA, PAGE, PAGES, compose
+from tracetext import Trace
 
 SLOT = f"gpa=0x{GUEST:x},hva=0x{HOST_VA:x},size={PAGES * PAGE // 1024}K"
 
@@ -100,7 +100,8 @@ def test_json_and_csv(call, nested, tmp_path):
     code, out, _ = call(nested, "--memslot", SLOT, "--json", file, "--csv")
     assert code == 0
     result = json.loads(file.read_text())
-    assert result["schema"] == 1 and result["config"]["memslots"] == [{"gpa": GUEST, "hva": HOST_VA, "size": PAGES * PAGE}]
+    assert result["schema"] == 1
+    assert result["config"]["memslots"] == [{"gpa": GUEST, "hva": HOST_VA, "size": PAGES * PAGE}]
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["policy"] for row in rows] == list(result["policies"])
     for row, figures in zip(rows, result["policies"].values(), strict=True):

@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     replay.add_argument("trace", metavar="TRACE", help="capture folder, or a file (- is stdin; .gz and .xz are read)")
     source = replay.add_argument_group("the traced machine")
     source.add_argument("--role", choices=("l1", "l0"),
-                        help="what the traced Linux is: L1, or the L0 of a guest hypervisor (default: as it shows)")
+                        help="what the traced Linux is: L1, or L0 of a guest hypervisor (default: as the trace shows)")
     source.add_argument("--memory", metavar="CAPTURE", help="snapshot folder whose tables L1 has when the trace begins")
     source.add_argument("--memslot", action="append", type=memslot, metavar="gpa=,hva=,size=",
                         help="memory slot of the VM, for MMU notifiers (may be repeated)")
