@@ -41,13 +41,26 @@ PY
     then
         missing+=(python3 python3-venv python3-dev)
     fi
-    [ ${#missing[@]} -eq 0 ] && return 0
-    say "installing ${missing[*]}"
+    [ ${#missing[@]} -eq 0 ] || install_tools "${missing[@]}"
+}
+
+# What some tests want, and skip without: a browser for the report, valgrind for the budgets. $1: where to note it.
+want_tools() {
+    local missing=()
+    command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null ||
+        missing+=(chromium)
+    command -v valgrind >/dev/null || missing+=(valgrind libc6-dbg)
+    [ ${#missing[@]} -eq 0 ] || install_tools "${missing[@]}" ||
+        echo "${missing[*]}: cannot be installed, what needs them was not run" >>"$1"
+}
+
+install_tools() {
+    say "installing $*"
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
         echo "cannot install them: not root, or no apt-get" >&2
         return 1
     fi
-    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
 }
 
 # Builds the clone at $1 in place with ASan and UBSan, in the environment $2; sanitized_pytest then runs in it.

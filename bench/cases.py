@@ -112,6 +112,11 @@ def fault_4k_sequential(measure):
 
 
 @case
+def fault_4k_random_interval_map(measure):
+    single_faults(measure, teardown="interval-map")
+
+
+@case
 def fault_4k_random_33_regions(measure):
     """Canonical pages all over 32 regions, the tables in another."""
     single_faults(measure, regions=33)
@@ -235,6 +240,19 @@ def unmap_8_aliases(measure):
 
 
 @case
+def unmap_interval_map(measure):
+    bed = Nest(LEAVES, teardown="interval-map").fill()
+    notifiers(measure, bed, bed.canonical, 1)
+
+
+@case
+def unmap_interval_map_64_contexts(measure):
+    """63 maps do not know the page."""
+    bed = Nest(2048, contexts=64, teardown="interval-map").fill()
+    notifiers(measure, bed, bed.canonical, 1)
+
+
+@case
 def unmap_not_shadowed(measure):
     """Eight full contexts, but none maps these pages."""
     bed = Nest(LEAVES // 8, contexts=8, unshadowed=LEAVES).fill()
@@ -308,6 +326,12 @@ def tlbis(measure, bed, word, operands, removed, n=1024):
 @case
 def tlbi_ipa(measure):
     bed = Nest(LEAVES).fill()
+    tlbis(measure, bed, IPAS2E1IS, bed.ipas[scattered(LEAVES)] >> np.uint64(12), 1)
+
+
+@case
+def tlbi_ipa_interval_map(measure):
+    bed = Nest(LEAVES, teardown="interval-map").fill()
     tlbis(measure, bed, IPAS2E1IS, bed.ipas[scattered(LEAVES)] >> np.uint64(12), 1)
 
 

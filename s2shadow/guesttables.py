@@ -39,6 +39,9 @@ R_W, X, X_EL0 = int(READ | WRITE), int(EXEC), int(EXEC_EL0)
 XN_OF = {X | X_EL0: 0, X_EL0: 1, 0: 2, X: 3}
 EXEC_OF = {xn: perm for perm, xn in XN_OF.items()}
 CHUNK = 64 << 30
+MOST_CHUNKS = 256       # a trace may name any address; this much address space is reserved at most
+MOST_TABLES = 1 << 16   # of a table that is taken over: one that contains itself has no end
+LARGEST_MAP = 4 << 30   # KVM maps a block at a time; more than this is no map
 REUSE_AFTER = 256       # a freed table is not reused at once: L1 frees one only after the TLBI that the trace brings
 
 
@@ -59,9 +62,15 @@ class GuestRam:
 
     def cover(self, address: int, size: int) -> None:
         """Make [address, address + size) RAM. ``ValueError`` where it cannot be."""
+        if self.owns(address):
+            return
+        if address + size > self.pool:
+            raise ValueError(f"[{address:#x}, {address + size:#x}) is beyond what L1's tables can reach")
         first, last = address // self.chunk, (address + size - 1) // self.chunk
         for number in range(first, last + 1):
             if number not in self.known:
+                if len(self.known) >= MOST_CHUNKS:
+                    raise ValueError(f"{address:#x} is one of too many places in memory")
                 start = number * self.chunk
                 self.fill_gaps(start, start + self.chunk)
                 self.known.add(number)
@@ -77,6 +86,10 @@ class GuestRam:
                 start = stop
         if start < end:
             self.mem.add(start, end - start)
+
+    def owns(self, address: int) -> bool:
+        """Whether a table page is one that was given out here."""
+        return self.pool <= address < self.next
 
     def new_table(self, size: int) -> int:
         """Address of a zeroed table page."""
@@ -120,6 +133,7 @@ class Stage2Writer:
         self.tables: dict[int, dict[int, int]] = {level: {} for level in range(self.start + 1, LAST + 1)}
         self.empty = bytes(self.granule)
         self.slots_mask = (1 << self.slot_bits) - 1
+        self.adopted = 0
         ram.cover(self.root, cfg.granule * cfg.concatenated)
         self.adopt(self.root, self.start, 0)
 
@@ -133,6 +147,10 @@ class Stage2Writer:
             child = self.address_of(int(words[index]))
             key = prefix << self.slot_bits | index
             self.tables[level + 1][key] = child
+            self.adopted += 1
+            if self.adopted > MOST_TABLES:
+                raise ValueError(f"the table at {self.root:#x} has no end")
+            self.ram.cover(child, self.granule)
             self.adopt(child, level + 1, key)
 
     # --- descriptors -------------------------------------------------------------------------------------------
@@ -171,6 +189,8 @@ class Stage2Writer:
 
     def find(self, ipa: int) -> tuple[int, int, int]:
         """(level, address of the descriptor, descriptor) where a walk for ``ipa`` ends, valid or not."""
+        if ipa >> self.cfg.ia_bits:
+            raise ValueError(f"{ipa:#x} is no address of a {self.cfg.ia_bits}-bit stage 2")
         level = LAST
         while True:
             page = self.page_at(ipa, level)
@@ -215,6 +235,8 @@ class Stage2Writer:
     def map(self, ipa: int, size: int, pa: int, perm: int, device: bool = False) -> None:
         """kvm_pgtable_stage2_map: leaves for [ipa, ipa + size) in the largest blocks that fit."""
         self.check(ipa, size)
+        if size > LARGEST_MAP or pa & (self.granule - 1):
+            raise ValueError(f"[{pa:#x}, {pa + size:#x}) is no output of a map")
         self.ram.cover(pa, size)
         attributes = self.attributes(perm, device)
         if size == self.granule:
@@ -316,6 +338,7 @@ class Stage2Writer:
 
     def wrprotect(self, ipa: int, size: int) -> None:
         """kvm_pgtable_stage2_wrprotect: every leaf that overlaps the range loses W."""
+        self.check(ipa, size)
         end = ipa + size
         while ipa < end:
             level, slot, desc = self.find(ipa)
@@ -332,6 +355,7 @@ class Stage2Writer:
 
     def split(self, ipa: int, size: int) -> None:
         """kvm_pgtable_stage2_split: blocks that overlap the range become pages with the same permissions."""
+        self.check(ipa, size)
         end = ipa + size
         while ipa < end:
             level, slot, desc = self.find(ipa)

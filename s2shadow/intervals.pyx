@@ -1,14 +1,16 @@
 # distutils: language = c++
+# distutils: extra_compile_args = -std=c++17
 """The interval map of a context, on std::map.
 
-Linux keeps both maps in maple trees. A red-black tree costs the same order of steps and bytes: O(log n), and 104 bytes
-for a mapping's two nodes against 70 to 100. An allocation that fails is no reason to forget: the mapping is then not
-made, and the map is as it was (Linux marks the map as broken and empties the context on every later event).
+Linux keeps both maps in maple trees. Red-black trees are as good a stand-in as a library offers: O(log n) too, 104
+bytes for a mapping's two nodes against 70 to 100. Their nodes are far more than a maple tree's, so they come from a
+pool, which goes as a whole when a context is emptied. An allocation that fails is no reason to forget: the mapping is
+then not made, and the map is as it was (Linux marks the map as broken and empties the context on every later event).
 """
 
 from cython.operator cimport dereference, predecrement, preincrement
 from libc.stdlib cimport calloc, free
-from libcpp.map cimport map as ordered_map
+from libcpp.utility cimport pair
 
 from s2shadow.table cimport (
     arena_charge, arena_refund, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
@@ -18,25 +20,59 @@ from s2shadow.table cimport (
 cdef extern from *:
     """
     #include <map>
+    #include <memory_resource>
     #include <new>
+    struct s2_target { uint64_t end, ipa; };
+    struct s2_maps {
+        std::pmr::unsynchronized_pool_resource pool;
+        std::pmr::map<uint64_t, s2_target> ranges{&pool};
+        std::pmr::map<uint64_t, decltype(ranges)::iterator> starts{&pool};
+        /* The nodes own nothing: they go with the pool's memory, not one by one. */
+        void clear() noexcept
+        {
+            pool.release();
+            new (&ranges) decltype(ranges)(&pool);
+            new (&starts) decltype(starts)(&pool);
+        }
+    };
     /* What can throw stays in here: no exception may reach code that runs without the GIL. */
-    template <class Map> static inline Map *s2_make_map() noexcept { return new (std::nothrow) Map; }
-    template <class Map, class Key, class Value>
-    static inline bool s2_insert(Map *map, Key key, Value value) noexcept
+    static inline s2_maps *s2_make_maps() noexcept
     {
-        try { map->emplace(key, value); return true; } catch (...) { return false; }
+        try { return new s2_maps; } catch (...) { return NULL; }
+    }
+    template <class Map, class Place, class Key, class Value>
+    static inline bool s2_insert_before(Map *map, Place next, Key key, Value value) noexcept
+    {
+        try { map->emplace_hint(next, key, value); return true; } catch (...) { return false; }
     }
     """
-    Map *s2_make_map[Map]() noexcept nogil
-    bint s2_insert[Map, Key, Value](Map *map, Key key, Value value) noexcept nogil
+    ctypedef struct target_t "s2_target":           # of a range, by its start
+        uint64_t end
+        uint64_t ipa
+    cdef cppclass ordered_map "std::pmr::map"[Key, Value]:
+        cppclass iterator:
+            pair[Key, Value] &operator*() noexcept nogil
+            iterator operator++() noexcept nogil
+            iterator operator--() noexcept nogil
+            bint operator==(iterator) noexcept nogil
+            bint operator!=(iterator) noexcept nogil
+        iterator begin() noexcept nogil
+        iterator end() noexcept nogil
+        iterator find(Key) noexcept nogil
+        iterator lower_bound(Key) noexcept nogil
+        iterator upper_bound(Key) noexcept nogil
+        iterator erase(iterator) noexcept nogil
+        bint empty() noexcept nogil
+        size_t size() noexcept nogil
+    cdef cppclass maps_t "s2_maps":
+        ordered_map[uint64_t, target_t] ranges
+        ordered_map[uint64_t, ordered_map[uint64_t, target_t].iterator] starts
+        void clear() noexcept nogil
+    maps_t *s2_make_maps() noexcept nogil
+    bint s2_insert_before[Map, Place, Key, Value](Map *map, Place next, Key key, Value value) noexcept nogil
 
-# A range by its start.
-ctypedef struct target_t:
-    uint64_t end
-    uint64_t ipa
-
-ctypedef ordered_map[uint64_t, target_t] ranges_t
-ctypedef ordered_map[uint64_t, uint64_t] starts_t
+ctypedef ordered_map[uint64_t, target_t].iterator range_at
+ctypedef ordered_map[uint64_t, range_at].iterator start_at
 
 cdef enum:
     # Three pointers and a colour come before the pair in each node of a std::map, whoever's library it is.
@@ -44,8 +80,7 @@ cdef enum:
     START_BYTES = 32 + 16
 
 cdef struct intervals_t:
-    ranges_t *ranges
-    starts_t *starts
+    maps_t *cpp
     arena_t *arena              # its bound covers the nodes
     pthread_mutex_t lock
     bint lost                   # everything is UNKNOWN: the context is being emptied
@@ -57,94 +92,94 @@ cdef intervals_t *intervals_new(arena_t *arena) noexcept nogil:
     if maps == NULL:
         return NULL
     maps.arena = arena
-    maps.ranges = s2_make_map[ranges_t]()
-    maps.starts = s2_make_map[starts_t]()
-    pthread_mutex_init(&maps.lock, NULL)
-    if maps.ranges == NULL or maps.starts == NULL:
-        intervals_free(maps)
+    maps.cpp = s2_make_maps()
+    if maps.cpp == NULL:
+        free(maps)
         return NULL
+    pthread_mutex_init(&maps.lock, NULL)
     return maps
 
 
 cdef void intervals_free(intervals_t *maps) noexcept nogil:
     if maps == NULL:
         return
-    del maps.ranges
-    del maps.starts
+    maps.cpp.clear()
+    del maps.cpp
     pthread_mutex_destroy(&maps.lock)
     free(maps)
 
 
-cdef bint add_range(intervals_t *maps, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+cdef bint add_range(intervals_t *maps, range_at *next, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+    """Put a range before ``next``, which becomes its place; False, and nothing done, without memory."""
     cdef target_t target
     target.end = end
     target.ipa = ipa
     if not arena_charge(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES):
         return False
-    if s2_insert(maps.ranges, start, target):
+    if s2_insert_before(&maps.cpp.ranges, next[0], start, target):
+        predecrement(next[0])
         return True
     arena_refund(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES)
     return False
 
 
-cdef bint add_start(intervals_t *maps, uint64_t ipa, uint64_t start) noexcept nogil:
+cdef bint add_start(intervals_t *maps, uint64_t ipa, range_at at) noexcept nogil:
     if not arena_charge(maps.arena, &maps.arena.rmap_bytes, START_BYTES):
         return False
-    if s2_insert(maps.starts, ipa, start):
+    if s2_insert_before(&maps.cpp.starts, maps.cpp.starts.lower_bound(ipa), ipa, at):
         return True
     arena_refund(maps.arena, &maps.arena.rmap_bytes, START_BYTES)
     return False
 
 
-cdef void erase_range(intervals_t *maps, uint64_t start) noexcept nogil:
-    maps.ranges.erase(start)
+cdef void erase_range(intervals_t *maps, range_at at) noexcept nogil:
+    maps.cpp.ranges.erase(at)
     arena_refund(maps.arena, &maps.arena.rmap_bytes, RANGE_BYTES)
 
 
-cdef void erase_start(intervals_t *maps, uint64_t ipa) noexcept nogil:
-    maps.starts.erase(ipa)
+cdef void erase_start(intervals_t *maps, start_at at) noexcept nogil:
+    maps.cpp.starts.erase(at)
     arena_refund(maps.arena, &maps.arena.rmap_bytes, START_BYTES)
 
 
-cdef ranges_t.iterator first_reaching(intervals_t *maps, uint64_t start) noexcept nogil:
+cdef range_at first_reaching(intervals_t *maps, uint64_t start) noexcept nogil:
     """The first range that ends above ``start``."""
-    cdef ranges_t.iterator at = maps.ranges.upper_bound(start)
-    if at != maps.ranges.begin():
+    cdef range_at at = maps.cpp.ranges.upper_bound(start)
+    if at != maps.cpp.ranges.begin():
         predecrement(at)
         if dereference(at).second.end <= start:
             preincrement(at)
     return at
 
 
-cdef bint overlaps(intervals_t *maps, ranges_t.iterator at, uint64_t end) noexcept nogil:
-    return at != maps.ranges.end() and dereference(at).first < end
+cdef bint overlaps(intervals_t *maps, range_at at, uint64_t end) noexcept nogil:
+    return at != maps.cpp.ranges.end() and dereference(at).first < end
 
 
-cdef bint add_known(intervals_t *maps, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
-    if not add_range(maps, start, end, ipa):
+cdef bint add_known(intervals_t *maps, range_at at, uint64_t start, uint64_t end, uint64_t ipa) noexcept nogil:
+    """A range where none is, before ``at``."""
+    if not add_range(maps, &at, start, end, ipa):
         return False
-    if add_start(maps, ipa, start):
+    if add_start(maps, ipa, at):
         return True
-    erase_range(maps, start)
+    erase_range(maps, at)
     return False
 
 
-cdef bint make_unknown(intervals_t *maps, ranges_t.iterator at, uint64_t start, uint64_t end) noexcept nogil:
+cdef bint make_unknown(intervals_t *maps, range_at at, uint64_t start, uint64_t end) noexcept nogil:
     """One UNKNOWN range in place of [start, end) and of all that overlaps it, of which ``at`` is the first."""
-    cdef ranges_t.iterator spanning = at
-    cdef uint64_t span_end = end, gone
-    if start < dereference(at).first:
-        if not add_range(maps, start, end, UNKNOWN_IPA):
-            return False
-        predecrement(spanning)
+    cdef range_at spanning = at, gone
+    cdef uint64_t span_end = end
+    if start < dereference(at).first and not add_range(maps, &spanning, start, end, UNKNOWN_IPA):
+        return False
     while overlaps(maps, at, end):
         if dereference(at).second.end > span_end:
             span_end = dereference(at).second.end
         if dereference(at).second.ipa != UNKNOWN_IPA:
-            erase_start(maps, dereference(at).second.ipa)
-        gone = dereference(at).first
+            erase_start(maps, maps.cpp.starts.find(dereference(at).second.ipa))
+        gone = at
         preincrement(at)
-        if gone != dereference(spanning).first:
+        if gone != spanning:
             erase_range(maps, gone)
     dereference(spanning).second.end = span_end
     dereference(spanning).second.ipa = UNKNOWN_IPA
@@ -154,7 +189,7 @@ cdef bint make_unknown(intervals_t *maps, ranges_t.iterator at, uint64_t start, 
 cdef bint intervals_record(intervals_t *maps, uint64_t cipa, uint64_t size, uint64_t ipa) noexcept nogil:
     """Note that ``ipa`` maps [cipa, cipa + size), before the leaf is there. False, and nothing noted, when there is no
     memory. The one operation of the shared side."""
-    cdef ranges_t.iterator at
+    cdef range_at at
     cdef bint recorded
     if maps.lost:
         return True
@@ -163,25 +198,25 @@ cdef bint intervals_record(intervals_t *maps, uint64_t cipa, uint64_t size, uint
     if overlaps(maps, at, cipa + size):
         recorded = make_unknown(maps, at, cipa, cipa + size)
     else:
-        recorded = add_known(maps, cipa, cipa + size, ipa)
+        recorded = add_known(maps, at, cipa, cipa + size, ipa)
     pthread_mutex_unlock(&maps.lock)
     return recorded
 
 
 cdef void intervals_remove(intervals_t *maps, uint64_t ipa) noexcept nogil:
     """The leaf at ``ipa`` goes, and with it its range, if that is known."""
-    cdef starts_t.iterator found
+    cdef start_at found
     if maps == NULL:
         return
-    found = maps.starts.find(ipa)
-    if found != maps.starts.end():
+    found = maps.cpp.starts.find(ipa)
+    if found != maps.cpp.starts.end():
         erase_range(maps, dereference(found).second)
-        erase_start(maps, ipa)
+        erase_start(maps, found)
 
 
 cdef bint intervals_find(intervals_t *maps, uint64_t start, uint64_t end, interval_t *out) noexcept nogil:
     """The first range that overlaps [start, end) of cIPA; False if none does."""
-    cdef ranges_t.iterator at
+    cdef range_at at
     if start >= end:
         return False
     if maps.lost:
@@ -199,8 +234,7 @@ cdef bint intervals_find(intervals_t *maps, uint64_t start, uint64_t end, interv
 
 cdef void clear(intervals_t *maps) noexcept nogil:
     arena_refund(maps.arena, &maps.arena.rmap_bytes, intervals_bytes(maps))
-    maps.ranges.clear()
-    maps.starts.clear()
+    maps.cpp.clear()
 
 
 cdef void intervals_lose(intervals_t *maps) noexcept nogil:
@@ -219,20 +253,20 @@ cdef void intervals_reset(intervals_t *maps) noexcept nogil:
 
 
 cdef bint intervals_empty(const intervals_t *maps) noexcept nogil:
-    return maps == NULL or (maps.ranges.empty() and not maps.lost)
+    return maps == NULL or (maps.cpp.ranges.empty() and not maps.lost)
 
 
 cdef uint64_t intervals_bytes(const intervals_t *maps) noexcept nogil:
-    """Bytes of the nodes, without what the allocator adds."""
-    return maps.ranges.size() * RANGE_BYTES + maps.starts.size() * START_BYTES
+    """Bytes of the nodes, without what the pool keeps beside them."""
+    return maps.cpp.ranges.size() * RANGE_BYTES + maps.cpp.starts.size() * START_BYTES
 
 
 cdef uint64_t intervals_start_of(intervals_t *maps, uint64_t ipa) noexcept nogil:
     """Canonical start of the known range at ``ipa``, or UNKNOWN_IPA."""
-    cdef starts_t.iterator found = maps.starts.find(ipa)
-    return dereference(found).second if found != maps.starts.end() else UNKNOWN_IPA
+    cdef start_at found = maps.cpp.starts.find(ipa)
+    return dereference(dereference(found).second).first if found != maps.cpp.starts.end() else UNKNOWN_IPA
 
 
 cdef uint64_t intervals_known(const intervals_t *maps) noexcept nogil:
     """How many ranges are known, by the nested addresses."""
-    return maps.starts.size()
+    return maps.cpp.starts.size()

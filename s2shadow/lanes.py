@@ -27,6 +27,7 @@ REFERENCE, EXACT = "reverse-map", "exact"
 PAGE = 4096
 FEW_PAGES = 8           # up to so many, asking for each page's leaves is cheaper than a scan of all
 DRAIN = 256
+ACCESSES = 0x1F
 HIT_KIND, MAPPED_KIND = int(Kind.HIT), int(Kind.MAPPED)     # plain integers compare faster
 
 Registers = tuple[int, int, int]        # VTTBR_EL2, VTCR_EL2, HCR_EL2
@@ -75,7 +76,7 @@ class Tally:
         self.teardown, self.tlbi = Distribution(), Distribution()
         self.teardowns = self.torn = self.must_tear = 0
         self.tlbis = self.tlbi_removed = self.tlbi_required = 0
-        self.kernel_steps = self.owed = self.unseen = 0
+        self.kernel_steps = self.owed = self.live = self.recycled = 0
 
 
 class Lane:
@@ -181,6 +182,7 @@ class Lanes:
 
     def fault(self, vcpu: int, ipa: int, access: int) -> int:
         """L2 touches ``ipa`` -> how the reference answered (a ``Kind``)."""
+        access = access & ACCESSES or 1         # a syndrome that is no abort says nothing: taken as a read
         lane = self.reference
         answer = int(lane.vcpus[vcpu].fault(ipa, access).kind)
         lane.tally.kinds[answer] += 1

@@ -170,6 +170,7 @@ class Session:
         self.timeline = Timeline(config.policies)
         self.next_tick = 0
         self.tlbis = self.changes = 0
+        self.frozen = False
         self.first_time: int | None = None
         self.last_time = 0
         self.text: TraceReader | None = None
@@ -221,6 +222,19 @@ class Session:
         pairs = zip(live, self.tallies, strict=True)
         shown = [value for count, tally in pairs for value in (count, tally.kinds[Kind.MAPPED])]
         self.next_tick = self.timeline.add([time, sum(self.tallies[0].kinds), self.tlbis, self.changes, *shown])
+
+    def freeze(self) -> None:
+        """Take down what the engines hold: comparing them afterwards fills their shadows."""
+        if self.frozen:
+            return
+        self.frozen = True
+        if self.machines:
+            self.tick(self.last_time)
+        for machine in self.machines:
+            for lane in machine.shown:
+                stats = lane.vm.stats
+                lane.tally.live += stats.live
+                lane.tally.recycled += stats.contexts_recycled
 
     def changed(self, time: int, start: int, end: int, event: str, done: dict[str, dict[str, int]]) -> dict[str, Any]:
         """Remember a host change if it is among the largest -> its record."""
@@ -280,6 +294,8 @@ def run(config: ReplayConfig, progress: Progress | None = None) -> dict[str, Any
             session.count(rows)
             player.play(rows)
         player.finish()
+        session.freeze()
+        player.compare_policies()
         reporter.finish()
     except KeyboardInterrupt:
         interrupted = True
@@ -342,8 +358,7 @@ def summarize(session: Session, readers: Sequence[Any], merged: Any, player: Any
     start = session.first_time or 0
     if player is not None:
         session.applied.update(player.applied())
-    if session.machines:
-        session.tick(session.last_time)
+    session.freeze()
     if not interrupted and session.recording.checks is not None:
         session.checks["counts"] = count_checks(session, session.recording.checks)
     return {
@@ -352,7 +367,7 @@ def summarize(session: Session, readers: Sequence[Any], merged: Any, player: Any
                    "tlbi": instruction_names(session.instructions),
                    "names": session.text.events if session.text is not None else {},
                    "applied": {"TLBIs": session.tlbis, **session.applied}, "skipped": dict(session.skipped)},
-        "policies": {tally.policy: policy_dict(tally, session) for tally in session.tallies},
+        "policies": {tally.policy: policy_dict(tally) for tally in session.tallies},
         "timeline": session.timeline.result(start),
         "largest": sorted(session.largest, key=weight, reverse=True),
         "checks": {**session.checks, "passed": passed(session.checks)},
@@ -372,8 +387,7 @@ def trace_dict(session: Session, readers: Sequence[Any], merged: Any) -> dict[st
     return found
 
 
-def policy_dict(tally: Tally, session: Session) -> dict[str, Any]:
-    stats = [lane.vm.stats for machine in session.machines for lane in machine.lanes if lane.tally is tally]
+def policy_dict(tally: Tally) -> dict[str, Any]:
     names = [kind.name.lower() for kind in Kind if kind != Kind.MISS]
     return {
         "faults": {"total": sum(tally.kinds), **dict(zip(names, tally.kinds, strict=False))},
@@ -384,7 +398,7 @@ def policy_dict(tally: Tally, session: Session) -> dict[str, Any]:
                  "ns": tally.tlbi.summary()},
         "dropped_needlessly": tally.torn - tally.must_tear + tally.tlbi_removed - tally.tlbi_required,
         "kernel_steps": tally.kernel_steps, "kernel_flushes": tally.kernel_steps, "owed_tlbis": tally.owed,
-        "live": sum(row.live for row in stats), "contexts_recycled": sum(row.contexts_recycled for row in stats),
+        "live": tally.live, "contexts_recycled": tally.recycled,
     }
 
 

@@ -30,6 +30,7 @@ from s2shadow.lanes import Lanes, Registers
 from s2shadow.mapping import HostMapping
 from s2shadow.memory import GuestMemory
 from s2shadow.recording import BADDR, Snapshot
+from s2shadow.replay_l1 import ABSENT, in_pages, lookup, whole_pages
 from s2shadow.streams import chosen
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ MANY_CHANGES = 4096
 LOG_DIRTY = 1
 FSC_PERMISSION = 0x0C
 BIG_STEP = 1 << 30
+PA_BITS = 48
+LARGEST_MAP = 4 << 30
+LARGEST_CHANGE = 1 << 42            # the bitmaps of aging and dirty logging have a bit for each page
 
 
 class Backing:
@@ -70,7 +74,7 @@ class Backing:
     def __init__(self) -> None:
         self.frames: dict[int, tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]] = {}
         self.blocks: set[int] = set()
-        self.owner: dict[int, int] = {}         # output page: cIPA
+        self.owner: dict[int, int] = {}         # output page: cIPA; of blocks that of their first page alone
 
     def put(self, cipa: int, size: int, pa: int, perm: int) -> None:
         for at in range(cipa & -FRAME, cipa + size, FRAME):
@@ -79,11 +83,12 @@ class Backing:
             where = slice((low - at) >> 12, (high - at) >> 12)
             outputs = np.arange(low - cipa + pa, high - cipa + pa, PAGE, dtype=np.uint64)
             pas[where], perms[where] = outputs + np.uint64(1), perm     # bit 0: there is one
-            self.owner.update(zip((outputs >> np.uint64(12)).tolist(), range(low, high, PAGE), strict=True))
             if high - low == FRAME and not (low - cipa + pa) % FRAME:
                 self.blocks.add(at >> 21)
+                self.owner[low - cipa + pa >> 12] = low
             else:
                 self.blocks.discard(at >> 21)
+                self.owner.update(zip((outputs >> np.uint64(12)).tolist(), range(low, high, PAGE), strict=True))
 
     def remove(self, start: int, end: int) -> None:
         for at in range(start & -FRAME, end, FRAME):
@@ -100,8 +105,12 @@ class Backing:
 
     def canonical(self, pa: int) -> int | None:
         """The page of L1's memory that an output page backs."""
-        cipa = self.owner.get(pa >> 12)
-        return cipa if cipa is not None and self.output(cipa) == pa & -PAGE else None
+        page = pa & -PAGE
+        for start in (page, page & -FRAME):
+            cipa = self.owner.get(start >> 12)
+            if cipa is not None and self.output(cipa + page - start) == page:
+                return cipa + page - start
+        return None
 
     def populate(self, cipa: int, access: int) -> HostMapping | None:
         """As ``vm.host.populate``."""
@@ -184,6 +193,7 @@ class L0Player:
                        "unanswered": 0}
         self.last_change: dict[str, Any] | None = None
         self.change_pid = self.change_line = self.line = 0
+        self.last_seq = -1                      # of the CSV
 
     def start(self, rows: Events) -> None:
         session = self.session
@@ -296,6 +306,7 @@ class L0Player:
         table = np.flatnonzero(rows["kind"] >= TLBI)
         if len(table):
             seq = np.maximum.accumulate(rows["seq"][table].astype(np.int64))
+            self.last_seq = max(self.last_seq, int(seq[-1]))
             for snapshot in self.snapshots:
                 at = len(seq) if snapshot.seq is None else int(np.searchsorted(seq, snapshot.seq, side="right"))
                 if at < len(seq):
@@ -340,7 +351,10 @@ class L0Player:
         elif int(answer["kind"]) == INJECT_FAULT:
             self.learn_fault(table, ipa, int(answer["value"]))
         elif self.is_shadow(int(answer["root"])):
-            self.learn_leaf(machine, table, ipa, answer)
+            try:
+                self.learn_leaf(machine, table, ipa, answer)
+            except ValueError:
+                self.session.skipped["leaves of L1 that cannot be"] += 1
         kind = machine.lanes.fault(vcpu, ipa, access)
         if kind in (MAPPED, HIT):
             machine.touched.setdefault(regs[0] & BADDR, set()).add(ipa & -PAGE)
@@ -355,18 +369,24 @@ class L0Player:
     def make_leaf(self, machine: Machine, table: Stage2Writer | None, ipa: int) -> None:
         """Without probes: L1 maps the page to the same address, and so does L0."""
         page = ipa & -PAGE
-        machine.ram.cover(page, PAGE)
-        if table is not None and page >> table.cfg.ia_bits == 0 and not table.find(page)[2] & 1:
-            table.map(page, PAGE, page, ALL_PERMISSIONS)
-            self.session.applied["leaves made on demand"] += 1
+        try:
+            machine.ram.cover(page, PAGE)
+            if table is not None and not table.find(page)[2] & 1:
+                table.map(page, PAGE, page, ALL_PERMISSIONS)
+                self.session.applied["leaves made on demand"] += 1
+        except ValueError:
+            self.session.skipped["faults beyond the table"] += 1
+            return
         if machine.backing.output(page) is None:
             machine.backing.put(page, PAGE, page, ALL_PERMISSIONS)
 
     def learn_leaf(self, machine: Machine, table: Stage2Writer | None, ipa: int, answer: Any) -> None:
         """L0 has mapped a page of the shadow: L1's leaf leads to the page of its memory that has this output."""
-        start, pa, perm = int(answer["start"]), int(answer["pa"]), int(answer["access"])
+        perm = int(answer["access"])
         page = ipa & -PAGE
-        pa += page - start
+        pa = (int(answer["pa"]) + page - int(answer["start"])) & -PAGE
+        if not in_reach(pa) or not in_reach(page):
+            return
         if table is None:                       # stage 2 off: the address is L1's already
             machine.ram.cover(page, PAGE)
             if machine.backing.output(page) is None:
@@ -384,8 +404,8 @@ class L0Player:
         size = 1 << table.shift[tag] if tag in table.shift and tag >= table.biggest else PAGE
         if (page ^ canonical) & (size - 1):
             size = PAGE
-        old = table.find(page)[2] & 1
-        table.unmap(page & -size, size) if old else None
+        if now is not None:
+            table.unmap(page & -size, size)
         table.map(page & -size, size, canonical & -size, perm)
         self.session.applied["leaves of L1 learned from L0's answers"] += 1
 
@@ -438,7 +458,7 @@ class L0Player:
     def on_map(self, machine: Machine, vcpu: int, root: int, start: int, end: int, pa: int, perm: int) -> None:
         """L0 maps: into its own table, or (its answer to a fault of L2, looked at there) into a shadow."""
         own = root == self.host_root if self.host_root is not None else machine.inside[vcpu] is None
-        if own:
+        if own and 0 < end - start <= LARGEST_MAP and not (start | end | pa) & (PAGE - 1) and in_reach(pa):
             machine.backing.put(start, end - start, pa, perm)
             self.session.applied["maps of L0's own table"] += 1
 
@@ -453,7 +473,7 @@ class L0Player:
         self.session.applied["MMU notifiers"] += 1
         event = MN_EVENTS[value] if kind == MN_START and value < len(MN_EVENTS) else "UNMAP"
         self.has_notifier_probe = self.has_notifier_probe or len(self.slots) > 0
-        for vm, low, high in self.slots.lookup(start & -PAGE, -(-end // PAGE) * PAGE, time):
+        for vm, low, high in self.slots.lookup(*whole_pages(start, end), time):
             self.unmap(self.numbered(vm), pid, time, low, high, event)
 
     def on_gfn_unmap(self, pid: int, time: int, start: int, end: int) -> None:
@@ -462,6 +482,9 @@ class L0Player:
             self.unmap(self.numbered(0), pid, time, start, end, "UNMAP")
 
     def unmap(self, machine: Machine, pid: int, time: int, start: int, end: int, event: str) -> None:
+        if not in_reach(start, end):
+            self.session.skipped["host changes beyond L1's memory"] += 1
+            return
         self.add_left_out(self.line)
         machine.backing.remove(start, end)
         done = machine.lanes.unmap(start, end)
@@ -483,18 +506,19 @@ class L0Player:
 
     def on_age_hva(self, kind: int, time: int, start: int, end: int) -> None:
         if not self.has_age:
-            stop = max(end, start + PAGE)
-            for vm, low, high in self.slots.lookup(start & -PAGE, -(-stop // PAGE) * PAGE, time):
+            for vm, low, high in self.slots.lookup(*whole_pages(start, max(end, start + 1)), time):
                 self.age(self.numbered(vm), low, high, kind == AGE_HVA)
 
     def age(self, machine: Machine, start: int, end: int, clear: bool) -> None:
+        if not in_reach(start, end):
+            return
         for lane in machine.lanes.lanes:
             (lane.vm.age if clear else lane.vm.test_young)(start, end)
         self.session.applied["aging" if clear else "tests of the access flag"] += 1
 
     def on_wrprotect(self, root: int, start: int, end: int) -> None:
         """L0 write-protects its own table: dirty logging begins, or the log is read and protected again."""
-        if root != self.host_root and self.host_root is not None:
+        if (root != self.host_root and self.host_root is not None) or not in_reach(start, end):
             return
         machine = self.numbered(0)
         known = any(low <= start and end <= high for low, high in machine.logged)
@@ -512,6 +536,8 @@ class L0Player:
         from s2shadow.memslots import Memslot
 
         machine = self.numbered(0)
+        if not in_reach(start, end) or hva & (PAGE - 1):
+            return
         if start == end:
             for slot in [slot for slot in self.slots.slots if slot.gpa == start and slot.until > time]:
                 self.unmap(machine, pid, time, slot.gpa, slot.gpa + slot.size, "MEMSLOT")
@@ -591,10 +617,13 @@ class L0Player:
             self.session.checks["shadows"].append({"snapshot": snapshot.name, "vm": nested.vm, **found})
 
     def finish(self) -> None:
-        for snapshot in self.snapshots if self.has_table else ():       # taken after the last row
-            self.compare(snapshot)
-        self.snapshots = []
+        for snapshot in self.snapshots:         # taken right after the last row
+            if snapshot.seq is not None and snapshot.seq <= self.last_seq:
+                self.compare(snapshot)
         self.add_left_out(1 << 64)
+
+    def compare_policies(self) -> None:
+        """What one policy maps the others must map alike."""
         for machine in self.machines.values():
             self.session.checks["same_mapping"].append(machine.lanes.agreement(lambda *regs: True))
 
@@ -603,6 +632,13 @@ class L0Player:
         names = {"l2": "faults of L2", "entries": "entries into L2", "as recorded": "faults of L2 answered as recorded",
                  "otherwise": "faults of L2 answered otherwise", "unanswered": "faults of L2 that the host retried"}
         return {text: self.counts[name] for name, text in names.items()}
+
+
+def in_reach(start: int, end: int | None = None) -> bool:
+    """Whether a trace's address, or range of pages, is one that L1's memory can have."""
+    if end is None:
+        return start >> PA_BITS == 0
+    return not (start | end) & (PAGE - 1) and start <= end <= 1 << PA_BITS and end - start <= LARGEST_CHANGE
 
 
 def as_recorded(kind: int, access: int, answer: Any) -> bool:
@@ -615,8 +651,6 @@ def as_recorded(kind: int, access: int, answer: Any) -> bool:
 
 def compare_backing(backing: Backing, theirs: Events) -> dict[str, int]:
     """L0's own table as replayed and as captured, in 4 KiB pages."""
-    from s2shadow.replay_l1 import ABSENT, in_pages, lookup
-
     pages, pas = in_pages(theirs)
     mine, outputs = backing.pages()
     target = lookup(mine, pages, pas)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from s2shadow.report import (
@@ -35,8 +36,8 @@ def replay_lines(result: dict[str, Any], hints: bool = True) -> list[Line]:
     lines.append(Line())
     lines += event_lines(result)
     lines += check_lines(result)
-    lines += [Line(f"note         {note}") for note in result["notes"]]
-    lines += [Line(f"note         {text}") for text in trace_faults(result["trace"])]
+    for note in [*result["notes"], *trace_faults(result["trace"])]:
+        lines += map(Line, wrap(note, 110, initial_indent="note         ", subsequent_indent=" " * 13))
     if result["interrupted"]:
         lines.append(Line("Interrupted: the figures are of the events until then.", "yellow"))
     verdict = verdict_text(result)
@@ -50,20 +51,25 @@ def replay_lines(result: dict[str, Any], hints: bool = True) -> list[Line]:
 def trace_text(result: dict[str, Any]) -> str:
     trace = result["trace"]
     role = ROLES.get(result["config"]["role"] or "", "")
-    vcpus = f"{trace['vcpus']} vCPU{'' if trace['vcpus'] == 1 else 's'} of L1"
-    return f"{trace['label']}, {role}: {trace['seconds']:,.0f} s, {trace['events']:,} events, {vcpus}"
+    return (f"{trace['label']}, {role}: {trace['seconds']:,.0f} s, {counted(trace['events'], 'event')}, "
+            f"{counted(trace['vcpus'], 'vCPU')} of L1")
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def replayed_text(result: dict[str, Any]) -> str:
     applied = result["counts"]["applied"]
     first = next(iter(result["policies"].values()))
-    parts = [f"{first['faults']['total']:,} touches by L2", f"{applied.get('TLBIs', 0):,} TLBIs of L1"]
-    for name, text in (("edits of L1's tables", "edits of L1's tables"), ("MMU notifiers", "MMU notifiers"),
-                       ("aging", "times aging")):
+    parts = [f"{counted(first['faults']['total'], 'touch', 'touches')} by L2",
+             f"{counted(applied.get('TLBIs', 0), 'TLBI')} of L1"]
+    for name, one, many in (("edits of L1's tables", "edit of L1's tables", "edits of L1's tables"),
+                            ("MMU notifiers", "MMU notifier", ""), ("aging", "range aged", "ranges aged")):
         if applied.get(name):
-            parts.append(f"{applied[name]:,} {text}")
+            parts.append(counted(applied[name], one, many))
     if first["teardown"]["events"]:
-        parts.append(f"{first['teardown']['events']:,} changes of L1's memory")
+        parts.append(f"{counted(first['teardown']['events'], 'change')} of L1's memory")
     return ", ".join(parts) + ("" if result["config"]["tlbi"] == "exact" else f"; TLBIs as {result['config']['tlbi']}")
 
 
@@ -139,9 +145,9 @@ def trace_faults(trace: dict[str, Any]) -> list[str]:
     """What is wrong with the trace itself."""
     texts = []
     if trace["lost"]:
-        texts.append(f"the tracer lost {trace['lost']:,} events")
+        texts.append(f"the tracer lost {counted(trace['lost'], 'event')}")
     if trace["unreadable"]:
-        texts.append(f"{trace['unreadable']:,} lines of the trace could not be read")
+        texts.append(f"{counted(trace['unreadable'], 'line')} of the trace could not be read")
     if trace["truncated"]:
         texts.append(f"the trace is incomplete: {trace['truncated']}")
     if trace.get("mismatched"):
@@ -157,8 +163,8 @@ def verdict_text(result: dict[str, Any]) -> str:
     worst = max(needless, key=lambda name: needless[name])
     who = "Every policy" if len(set(needless.values())) == 1 and len(needless) > 1 else worst
     again = result["policies"][worst]["refaults_needless"]
-    return (f"{who} dropped {needless[worst]:,} leaves that nothing required, and served {again:,} "
-            f"fault{'' if again == 1 else 's'} for them again.")
+    leaves, them = counted(needless[worst], "leaf", "leaves"), "it" if needless[worst] == 1 else "them"
+    return f"{who} dropped {leaves} that nothing required, and served {counted(again, 'fault')} for {them} again."
 
 
 def replay_csv(result: dict[str, Any]) -> str:
@@ -211,7 +217,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     served.set_xlabel("seconds of the trace")
     figure.suptitle(f"Shadow page tables under {result['trace']['label']}", fontsize=13)
-    figure.legend(loc="outside lower center", ncols=len(result["policies"]), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2 if len(result["policies"]) > 3 else 3, fontsize=9, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format=Path(file).suffix.lower()[1:], dpi=150)
     write_whole(file, image.getvalue())

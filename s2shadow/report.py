@@ -282,7 +282,7 @@ def plot(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
     pages = result["config"]["event_pages"]
     figure.suptitle(f"What one host change of {pages:,} page{'s' if pages > 1 else ''} costs a nested VM", fontsize=13)
     axes.set_title(result["workload"]["label"], fontsize=9, color="#555555")
-    figure.legend(loc="outside lower center", ncols=len(policies), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2 if len(policies) > 3 else 3, fontsize=9, frameon=False)
     suffix = Path(file).suffix.lower()
     image = io.BytesIO()
     figure.savefig(image, format=suffix[1:], dpi=150)

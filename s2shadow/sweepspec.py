@@ -12,7 +12,7 @@ a list makes an axis of the cross product. ``EXAMPLE`` (``s2shadow sweep --examp
     events       events under the reverse map
     event_pages  4K pages per event
     write        touch by writing
-    teardown     policies; not an axis: all of them are measured at each point, one after the other
+    teardown     policies (default: those of a storm); not an axis: each point measures all of them, one after the other
     tlbi         extent of L1's TLBIs
     seed         of the layout and of the events
     seconds      time for each policy other than the reverse map; at least min_events events

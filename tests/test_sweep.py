@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from s2shadow import storm, sweepreport
 from s2shadow.cli import main
 from s2shadow.journal import Journal, JournalError
-from s2shadow.storm import DEFAULT_POLICIES, StormConfig
+from s2shadow.storm import DEFAULT_POLICIES, POLICIES, StormConfig
 from s2shadow.sweep import SweepError, WorkerPool, run_sweep
 from s2shadow.sweepspec import EXAMPLE, KEYS, SpecError, load_spec, parse_spec, points
 from sweepwork import TINY, Deadly, read_csv
@@ -323,6 +323,14 @@ def test_rows_are_the_storms_of_the_spec(spec, output):
             assert (row["leaves"], row["table_bytes"], row["reverse_map_bytes"], row["refaults_per_event"]) == \
                 (same["leaves"], same["table_bytes"], same["reverse_map_bytes"], same["refaults_per_event"])
             assert row["entries_removed"] / row["events"] == same["entries_removed"] / same["events"]
+
+
+def test_every_policy_can_be_swept(spec, output):
+    result = run_sweep(spec(f"pages = 8\nteardown = {json.dumps(POLICIES)}"), Here(), output)
+    assert [row["policy"] for row in result.rows] == list(POLICIES)
+    assert all(row["error"] is None and row["entries_removed"] > 0 for row in result.rows)
+    text = "\n".join(line.text for line in sweepreport.summary_lines(result))
+    assert all(f"\n{policy} " in text for policy in POLICIES)
 
 
 def test_ratios_are_against_the_reverse_map_of_the_same_point(spec, output):

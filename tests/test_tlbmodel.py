@@ -458,6 +458,7 @@ class Machine:
         config = s2shadow.Stage2Config(table.vttbr(), table.vtcr, features=self.features)
         old = s2shadow.walk(self.mem, config, ipa, update=False)
         ipa &= -table.size(level)
+        had_table = level < 3 and table.get(table.slot(ipa, level)) & 3 == 3
         perm = self.rng.choice(("rwx", "rwx", "rwx", "rwx", "rw", "rw", "rx", "r", None))
         if perm is None:
             table.unmap(ipa, level)
@@ -471,16 +472,20 @@ class Machine:
             table.map(ipa, DATA + self.rng.randrange(2) * 2 * M & -table.size(2), 2, perm=perm)
         leaf_level = None if old.fault else old.level
         span = table.size(min(level, leaf_level or level))
-        self.invalidate(table, ipa & -span, span, leaf_level if leaf_level and table.size(leaf_level) == span else None)
+        leaf_level = leaf_level if leaf_level and table.size(leaf_level) == span else None
+        self.invalidate(table, ipa & -span, span, leaf_level, had_table)
 
-    def invalidate(self, table, start, size, level):
-        """The range [start, start + size); ``level`` is that of the one leaf in it, if it is one."""
+    def invalidate(self, table, start, size, level, had_table):
+        """The range [start, start + size); ``level`` is that of the one leaf in it, if it is one. Where a table went,
+        last-level forms would not do."""
         vcpu = self.vm.vcpus[self.rng.randrange(2)]
         share = self.rng.choice(("IS", "OS", "ISNXS", "OSNXS"))
         for vmid in range(1, 4):
             regs = {"vttbr": table.vttbr(vmid), "vtcr": table.vtcr, "hcr": HCR_VM}
             op = self.rng.choices(("IPAS2E1", "IPAS2LE1", "RIPAS2E1", "RIPAS2LE1", "VMALLS12E1", "ALLE1"),
                                   (10, 10, 10, 10, 2, 1))[0]  # fmt: skip
+            if had_table:
+                op = op.replace("IPAS2LE1", "IPAS2E1")
             if op.startswith("IPAS2") and level is None and size > table.granule:
                 op = "R" + op
             if op.startswith("IPAS2"):

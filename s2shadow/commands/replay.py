@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 from typing import Any
 
 from s2shadow.commands.common import (
@@ -34,7 +35,7 @@ def add(commands: Any) -> None:
     replay.add_argument("trace", metavar="TRACE", help="capture folder, or a file (- is stdin; .gz and .xz are read)")
     source = replay.add_argument_group("the traced machine")
     source.add_argument("--role", choices=("l1", "l0"),
-                        help="what the traced Linux is: L1, or the L0 of a guest hypervisor (default: as the trace shows)")
+                        help="what the traced Linux is: L1, or the L0 of a guest hypervisor (default: as it shows)")
     source.add_argument("--memory", metavar="CAPTURE", help="snapshot folder whose tables L1 has when the trace begins")
     source.add_argument("--memslot", action="append", type=memslot, metavar="gpa=,hva=,size=",
                         help="memory slot of the VM, for MMU notifiers (may be repeated)")
@@ -66,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
 
     check_outputs(options)
     check_report(options.report)
+    page: Any = import_module("s2shadow.htmlreport") if options.report is not None else None
     try:
         config = ReplayConfig(**replay_values(options))
         with progress_bar(sys.stderr) as progress:
@@ -85,9 +87,7 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None and len(result["timeline"]["seconds"]) > 1:
         write_output(lambda: plot(result, options.plot), options.plot)
     if options.report is not None:
-        from s2shadow.htmlreport import write_report
-
-        write_output(lambda: write_report(result, options.report), options.report)
+        write_output(lambda: page.write_report(result, options.report), options.report)
     if result["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_OK if result["checks"]["passed"] else EXIT_FAULT
