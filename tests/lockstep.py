@@ -165,7 +165,7 @@ class Pair:
         """A vCPU may remember L1's tables, as hardware's walk caches do: where one went, L1 must say so, under every
         VMID that uses the table. Leaves may wait: the model knows what the shadows hold of them."""
         if had_table:
-            self.forget_table(table, ipa)
+            self.forget_table(table, ipa & (1 << self.tables[table].ia_bits) - 1)  # high addresses were cut there too
         elif tlbi:
             self.tlbi_ipa(0, ipa, 1)
 
