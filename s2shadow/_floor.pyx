@@ -1,3 +1,4 @@
+# cython: nonecheck=False
 """For the benchmarks only: loops without Python around single operations of the engine, and the floors under them.
 
 Functions named ``*_each`` call one entry point of the engine per element, as a hypervisor would from its exit
