@@ -47,3 +47,26 @@ def rng(request):
 def notes(request):
     """Lines to print, with the seed, when all is done."""
     return request.config.stash[NOTES]
+
+
+@pytest.fixture
+def run(capsys):
+    """``main`` in this process -> (exit code, stdout, stderr)."""
+    def call(*argv):
+        from s2shadow.cli import main
+
+        code = main([str(arg) for arg in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """The call must fail with exit code 2 and exactly one line on stderr that holds ``message``."""
+    def call(message, *argv):
+        code, out, err = run(*argv)
+        assert (code, out) == (2, "")
+        assert err.startswith("s2shadow: ") and err.count("\n") == 1, err
+        assert message in err, err
+    return call

@@ -24,27 +24,6 @@ STORM = ["storm", "--synthetic", "--contexts", "2", "--pages", "600", "--events"
 
 
 @pytest.fixture
-def run(capsys):
-    """``main`` in this process -> (exit code, stdout, stderr)."""
-    def call(*argv):
-        code = main([str(arg) for arg in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """The call must fail with exit code 2 and exactly one line on stderr that holds ``message``."""
-    def call(message, *argv):
-        code, out, err = run(*argv)
-        assert (code, out) == (2, "")
-        assert err.startswith("s2shadow: ") and err.count("\n") == 1, err
-        assert message in err, err
-    return call
-
-
-@pytest.fixture
 def without(monkeypatch):
     """Make a package look as if it were not installed."""
     def hide(name):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,24 +23,15 @@ SLOT = f"gpa=0x{GUEST:x},hva=0x{HOST_VA:x},size={PAGES * PAGE // 1024}K"
 
 
 @pytest.fixture
-def call(capsys):
-    """``main`` in this process -> (exit code, stdout, stderr)."""
-    def run_main(*argv):
-        code = main(["replay", *map(str, argv)])
-        out, err = capsys.readouterr()
-        return code, out, err
-    return run_main
+def call(run):
+    """``run`` of this command."""
+    return partial(run, "replay")
 
 
 @pytest.fixture
-def refused(call):
-    """The call must fail with exit code 2 and exactly one line on stderr that holds ``message``."""
-    def check(message, *argv):
-        code, out, err = call(*argv)
-        assert (code, out) == (2, "")
-        assert err.startswith("s2shadow: ") and err.count("\n") == 1, err
-        assert message in err, err
-    return check
+def refused_replay(refused):
+    """``refused`` for this command."""
+    return lambda message, *argv: refused(message, "replay", *argv)
 
 
 @pytest.fixture
@@ -144,32 +136,32 @@ def test_notes_tell_what_is_wrong_with_the_trace(call, tmp_path):
     assert "no memory slots are known" in " ".join(out.split())
 
 
-def test_wrong_arguments(refused, nested, capture, tmp_path):
-    refused("required: TRACE")
-    refused("invalid choice: 'l2'", nested, "--role", "l2")
-    refused("no policy 'none'; there are reverse-map", nested, "--teardown", "none")
-    refused("--teardown names no policy", nested, "--teardown", ",")
-    refused("size= is missing", nested, "--memslot", "gpa=0,hva=0")
-    refused("size must be a multiple of 4096", nested, "--memslot", "gpa=0,hva=0,size=1")
-    refused("must be at least 1", nested, "--vcpus", "0")
-    refused("contexts (1) must be at least vcpus (2)", capture, "--contexts", "1")
-    refused("the name must end in .png, .svg, .pdf", nested, "--plot", "picture.gif")
-    refused("the name must end in .html", nested, "--report", "page.txt")
-    refused("no folder", nested, "--report", tmp_path / "none" / "page.html")
-    refused("no folder", nested, "--json", tmp_path / "none" / "result.json")
-    refused("cannot both go to stdout", nested, "--json", "--csv")
+def test_wrong_arguments(refused_replay, nested, capture, tmp_path):
+    refused_replay("required: TRACE")
+    refused_replay("invalid choice: 'l2'", nested, "--role", "l2")
+    refused_replay("no policy 'none'; there are reverse-map", nested, "--teardown", "none")
+    refused_replay("--teardown names no policy", nested, "--teardown", ",")
+    refused_replay("size= is missing", nested, "--memslot", "gpa=0,hva=0")
+    refused_replay("size must be a multiple of 4096", nested, "--memslot", "gpa=0,hva=0,size=1")
+    refused_replay("must be at least 1", nested, "--vcpus", "0")
+    refused_replay("contexts (1) must be at least vcpus (2)", capture, "--contexts", "1")
+    refused_replay("the name must end in .png, .svg, .pdf", nested, "--plot", "picture.gif")
+    refused_replay("the name must end in .html", nested, "--report", "page.txt")
+    refused_replay("no folder", nested, "--report", tmp_path / "none" / "page.html")
+    refused_replay("no folder", nested, "--json", tmp_path / "none" / "result.json")
+    refused_replay("cannot both go to stdout", nested, "--json", "--csv")
 
 
-def test_wrong_traces(refused, capture, tmp_path):
-    refused("cannot read", tmp_path / "nothing")
-    refused("neither trace.txt nor tlbi.csv is there", tmp_path)
+def test_wrong_traces(refused_replay, capture, tmp_path):
+    refused_replay("cannot read", tmp_path / "nothing")
+    refused_replay("neither trace.txt nor tlbi.csv is there", tmp_path)
     empty, text = tmp_path / "empty", tmp_path / "text"
     empty.write_bytes(b"")
     text.write_text("hello\n" * 10)
-    refused("is empty", empty)
-    refused("is no trace", text)
-    refused("no capture at", text, "--memory", tmp_path)
-    refused("snapshots inside: 00_booting", capture / "trace.txt.xz", "--memory", capture)
+    refused_replay("is empty", empty)
+    refused_replay("is no trace", text)
+    refused_replay("no capture at", text, "--memory", tmp_path)
+    refused_replay("snapshots inside: 00_booting", capture / "trace.txt.xz", "--memory", capture)
 
 
 def test_interrupt(capture, tmp_path):

@@ -765,7 +765,11 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("rich", [True, False], ids=["rich", "plain"])
 def test_progress_is_for_terminals(monkeypatch, rich):
-    from s2shadow.commands.sweep import progress
+    from s2shadow.commands.common import progress_bar
+    from s2shadow.commands.sweep import PointsBar, PointsCounter
+
+    def progress(stream):
+        return progress_bar(stream, PointsBar, PointsCounter)
 
     if rich:
         pytest.importorskip("rich", reason="rich (the extra cli) is not installed")

@@ -225,13 +225,13 @@ class Silence:
         return None
 
 
-def progress_bar(stream: TextIO) -> Any:
-    """Only where somebody watches."""
+def progress_bar(stream: TextIO, bar: Callable[[TextIO], Any] = Bar, plain: Callable[[TextIO], Any] = Counter) -> Any:
+    """Only where somebody watches; ``plain`` where rich is not installed."""
     from s2shadow.report import is_terminal
 
     if not is_terminal(stream):
         return Silence()
     try:
-        return Bar(stream)
+        return bar(stream)
     except ImportError:
-        return Counter(stream)
+        return plain(stream)

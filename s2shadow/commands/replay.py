@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from importlib import import_module
 from typing import Any
 
 from s2shadow.commands.common import (
@@ -67,7 +66,6 @@ def run(options: argparse.Namespace) -> int:
 
     check_outputs(options)
     check_report(options.report)
-    page: Any = import_module("s2shadow.htmlreport") if options.report is not None else None
     try:
         config = ReplayConfig(**replay_values(options))
         with progress_bar(sys.stderr) as progress:
@@ -87,7 +85,9 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None and len(result["timeline"]["seconds"]) > 1:
         write_output(lambda: plot(result, options.plot), options.plot)
     if options.report is not None:
-        write_output(lambda: page.write_report(result, options.report), options.report)
+        from s2shadow.htmlreport import write_report
+
+        write_output(lambda: write_report(result, options.report), options.report)
     if result["interrupted"]:
         return EXIT_INTERRUPTED
     return EXIT_OK if result["checks"]["passed"] else EXIT_FAULT

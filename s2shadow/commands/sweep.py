@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from s2shadow.commands.common import (
     EXIT_INTERRUPTED,
     EXIT_OK,
-    Silence,
     UsageError,
     add_outputs,
     check_outputs,
     error_text,
     number,
+    progress_bar,
     text_stream,
     write_output,
 )
@@ -149,7 +149,7 @@ def sweep(options: argparse.Namespace, spec: Spec) -> SweepResult:
     from s2shadow.sweep import check_output, run_sweep
 
     check_output(options.output)
-    with executor(options) as (make, workers, in_flight), progress(sys.stderr) as show:
+    with executor(options) as (make, workers, in_flight), progress_bar(sys.stderr, PointsBar, PointsCounter) as show:
         return run_sweep(spec, make, options.output, show, options.retries, workers=workers, in_flight=in_flight,
                          restart=options.restart)
 
@@ -270,15 +270,3 @@ def duration_text(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-
-
-def progress(stream: TextIO) -> Any:
-    """Only where somebody watches."""
-    from s2shadow.report import is_terminal
-
-    if not is_terminal(stream):
-        return Silence()
-    try:
-        return PointsBar(stream)
-    except ImportError:
-        return PointsCounter(stream)
