@@ -17,12 +17,13 @@ from libc.string cimport memset
 from s2shadow.arch cimport OA_48, level_span
 from s2shadow.config cimport Stage2Config
 from s2shadow.fault cimport fault_run
-from s2shadow.host cimport change_t, host_unmap
+from s2shadow.host cimport change_t, host_unmap, remove_host_leaf, whole_leaf
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
+from s2shadow.lock cimport lock_exclusive, unlock_exclusive
 from s2shadow.memory cimport GuestMemory, mem_view_t
-from s2shadow.table cimport leaf_removed, next_leaf
+from s2shadow.table cimport next_leaf
 from s2shadow.tlbi cimport TLBI_OK, tlbi_lookup_word, tlbi_op_t
-from s2shadow.vm cimport CHANGES_KEPT, fault_t, lock_exclusive, unlock, vm_t
+from s2shadow.vm cimport fault_t, note_change, vm_t
 from s2shadow.vmem cimport release
 from s2shadow.walker cimport walk_stage2, walk_t
 
@@ -179,7 +180,7 @@ def bare_unmap_each(state, const uint64_t[::1] starts, uint64_t size):
     with nogil:
         for i in range(starts.shape[0]):
             start = given[i] ^ removed >> 63
-            removed += bare_unmap(vm, start, start + size)
+            removed += bare(vm, start, start + size)
     return removed
 
 
@@ -189,19 +190,25 @@ cdef uint64_t bare_unmap(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
     cdef int level = 0
     lock_exclusive(&vm.lock)
     vm.invalidations += 1
-    vm.host_seq += 1
-    vm.changes[vm.host_seq % CHANGES_KEPT].start = start
-    vm.changes[vm.host_seq % CHANGES_KEPT].end = end
+    note_change(vm, start, end)
+    slot = whole_leaf(vm, start, end, &level)
+    if slot:
+        remove_host_leaf(vm, slot)
+        removed = 1
+        at = end
     while at < end:
         slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
         if not slot:
             break
-        leaf_removed(&vm.arena, slot, 0)
-        vm.canonical_leaves -= 1
+        remove_host_leaf(vm, slot)
         removed += 1
         at += level_span(vm.arena.granule_bits, level)
-    unlock(&vm.lock)
+    unlock_exclusive(&vm.lock)
     return removed
+
+
+ctypedef uint64_t (*bare_t)(vm_t *, uint64_t, uint64_t) noexcept nogil
+cdef bare_t bare = bare_unmap       # a call, as into any other module
 
 
 def tlbi_each(state, uint32_t word, const uint64_t[::1] operands, uint64_t vttbr, uint64_t vtcr, uint64_t hcr):

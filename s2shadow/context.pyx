@@ -4,9 +4,10 @@ from s2shadow.arch cimport FINAL_LEVEL
 from s2shadow.atomics cimport load64
 from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, visit_context, visit_init, visit_t
+from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
 from s2shadow.owed cimport owe_context, owed_begin, owed_end
 from s2shadow.table cimport arena_t, child_page, is_table, page_cost, page_t, table_init
-from s2shadow.vm cimport DROP_CHUNK, NO_CONTEXT, lock_exclusive, sched_yield, unlock
+from s2shadow.vm cimport DROP_CHUNK, NO_CONTEXT
 
 
 cdef bint same_key(const s2_config_t *a, const s2_config_t *b) noexcept nogil:
@@ -48,7 +49,7 @@ cdef void empty_context(vm_t *vm, uint32_t index) noexcept nogil:
     visit.budget = DROP_CHUNK
     intervals_lose(vm.contexts[index].intervals)
     while not visit_context(vm, &vm.contexts[index], &visit):
-        unlock(&vm.lock)
+        unlock_exclusive(&vm.lock)
         sched_yield()
         lock_exclusive(&vm.lock)
         visit.budget = DROP_CHUNK
@@ -95,6 +96,8 @@ cdef uint32_t context_acquire(vm_t *vm, const s2_config_t *config, uint64_t vttb
         context.vttbr = vttbr
         context.vtcr = vtcr
         context.valid = 1
+        if vm.contexts_used <= index:
+            vm.contexts_used = index + 1
     else:
         context = &vm.contexts[index]
         context.refs += 1

@@ -34,6 +34,9 @@ from s2shadow.intervals cimport (
 )
 from s2shadow.leaf cimport find_cipa
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
+from s2shadow.lock cimport (
+    lock_exclusive, lock_init, lock_reader, lock_shared_other, unlock_exclusive, unlock_shared_other,
+)
 from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_begin, owed_destroy, owed_end, owed_init, owed_take
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
@@ -45,8 +48,7 @@ from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, forget_guest_path,
-    forget_ways, is_active, lock_exclusive, lock_shared, overlaps_active, range_t, read_tag, rwlock_destroy,
-    rwlock_init, unlock, vcpu_t, vm_t,
+    forget_ways, is_active, overlaps_active, range_t, read_tag, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -235,7 +237,7 @@ cdef class _Engine:
         self.mem = mem
         self.features = features
         memset(&self.vm, 0, sizeof(vm_t))
-        rwlock_init(&self.vm.lock)
+        lock_init(&self.vm.lock)
         fill_features(features, &self.vm.features)
         self.vm.teardown = teardown
         self.vm.ignore_guest_attributes = ignore_attributes
@@ -266,6 +268,7 @@ cdef class _Engine:
                     raise MemoryError("cannot set up the interval maps")
         for i in range(vcpus):
             self.vm.vcpus[i].context = NO_CONTEXT
+            self.vm.vcpus[i].reader = lock_reader(&self.vm.lock, i)
             forget_path(&self.vm.vcpus[i].canonical_path)
         self.vm.dirty.input_bits = self.vm.features.pa_bits
         self.vm.dirty.page_bits = self.vm.features.host_granule_bits
@@ -285,7 +288,6 @@ cdef class _Engine:
         arena_destroy(&self.vm.arena)
         free(self.vm.contexts)
         free(self.vm.vcpus)
-        rwlock_destroy(&self.vm.lock)
 
     cdef uint64_t page_size(self):
         return <uint64_t>1 << self.vm.arena.granule_bits
@@ -461,7 +463,7 @@ cdef class _Engine:
         with nogil:
             lock_exclusive(&self.vm.lock)
             reserved = dirty_reserve(&self.vm.dirty)
-            unlock(&self.vm.lock)
+            unlock_exclusive(&self.vm.lock)
         if not reserved:
             raise MemoryError("cannot reserve address space for the dirty log")
         with nogil:
@@ -501,7 +503,7 @@ cdef class _Engine:
         cdef uint32_t slot
         rows = []
         with nogil:
-            lock_shared(&self.vm.lock)
+            lock_shared_other(&self.vm.lock)
         try:
             while True:
                 slot = next_leaf(&self.vm.arena, &self.vm.canonical, &at, end, &level)
@@ -513,7 +515,7 @@ cdef class _Engine:
                              desc >> DESC_MEMATTR_SHIFT & 0xF))
                 at += span
         finally:
-            unlock(&self.vm.lock)
+            unlock_shared_other(&self.vm.lock)
         return np.array(rows, dtype=HOST_LEAF_DTYPE)
 
     cdef object context_row(self, uint32_t index):
@@ -543,11 +545,11 @@ cdef class _Engine:
     def contexts(self):
         cdef uint32_t i
         with nogil:
-            lock_shared(&self.vm.lock)
+            lock_shared_other(&self.vm.lock)
         try:
             return tuple([self.context_row(i) for i in range(self.vm.context_count) if self.vm.contexts[i].valid])
         finally:
-            unlock(&self.vm.lock)
+            unlock_shared_other(&self.vm.lock)
 
     cdef context_t *context_at(self, object index) except NULL:
         cdef int64_t i = index
@@ -582,7 +584,7 @@ cdef class _Engine:
                 n += 1
             return out[:n]
         finally:
-            unlock(&self.vm.lock)
+            unlock_exclusive(&self.vm.lock)
 
     cdef void describe(self, uint32_t slot, int level, uint64_t ipa, shadow_t *row) noexcept nogil:
         cdef uint64_t desc = load64(self.vm.arena.words + slot)
@@ -606,7 +608,7 @@ cdef class _Engine:
         if self.vm.teardown != TEARDOWN_REVERSE_MAP:
             return self.reverse_by_scan(cipa)
         with nogil:
-            lock_shared(&self.vm.lock)
+            lock_shared_other(&self.vm.lock)
         try:
             for level in range(self.vm.rmap.nodes[self.vm.rmap.root].level, FINAL_LEVEL + 1):
                 head = rmap_find(&self.vm.rmap, cipa, level)
@@ -617,7 +619,7 @@ cdef class _Engine:
                                      self.vm.arena.pages[page_of(&self.vm.arena, slot)].context))
                     slot = link_next(&self.vm.arena, slot)[0]
         finally:
-            unlock(&self.vm.lock)
+            unlock_shared_other(&self.vm.lock)
         out = np.array(rows, dtype=REVERSE_DTYPE)
         return out[np.lexsort((out["ipa"], out["context"]))]
 
@@ -643,7 +645,7 @@ cdef class _Engine:
                 rows.append((found.start, found.end, 0 if unknown else found.ipa, unknown))
                 at = found.end
         finally:
-            unlock(&self.vm.lock)
+            unlock_exclusive(&self.vm.lock)
         return np.array(rows, dtype=INTERVAL_DTYPE)
 
     cdef int collect_pages(self, uint32_t page, list into) except -1:
@@ -676,7 +678,7 @@ cdef class _Engine:
                 memcpy(&view[i, 0], self.vm.arena.words + (<uint64_t>pages[i] << self.vm.arena.slot_bits), granule)
             return np.array(pages, dtype=np.uint64) * granule + self.vm.arena.table_base, out
         finally:
-            unlock(&self.vm.lock)
+            unlock_exclusive(&self.vm.lock)
 
     def take_tlbis(self, limit):
         cdef uint32_t taken, wanted
@@ -685,9 +687,9 @@ cdef class _Engine:
         out = np.zeros(max(wanted, 1), dtype=HW_TLBI_DTYPE)
         raw = out.view(np.uint8)
         with nogil:                         # rows of an operation show once its section is over
-            lock_shared(&self.vm.lock)
+            lock_exclusive(&self.vm.lock)
             taken = owed_take(&self.vm.owed, <hw_tlbi_t *>&raw[0], wanted)
-            unlock(&self.vm.lock)
+            unlock_exclusive(&self.vm.lock)
         return out[:taken]
 
     def stats(self):
@@ -696,7 +698,7 @@ cdef class _Engine:
         cdef uint64_t installed = 0, relaxed = 0, replaced = 0, host_leaves, removed, tables, links, heads
         memset(kinds, 0, sizeof(kinds))
         with nogil:
-            lock_shared(&self.vm.lock)
+            lock_shared_other(&self.vm.lock)
             for i in range(self.vm.vcpu_count):
                 for k in range(8):
                     kinds[k] += self.vm.vcpus[i].kinds[k]
@@ -706,7 +708,7 @@ cdef class _Engine:
             host_leaves = self.vm.canonical_leaves
             removed = self.vm.removed
             tables, links, heads = self.vm.arena.table_bytes, self.vm.arena.link_bytes, self.vm.arena.rmap_bytes
-            unlock(&self.vm.lock)
+            unlock_shared_other(&self.vm.lock)
         return Stats(
             faults=kinds[0] + kinds[1] + kinds[2] + kinds[3] + kinds[4] + kinds[5] + kinds[6],
             hits=kinds[0], mapped=kinds[1], l1_faults=kinds[2], host_faults=kinds[3], mmio=kinds[4],
@@ -763,7 +765,7 @@ cdef class _Engine:
             lock_exclusive(&self.vm.lock)
             self.mem.refresh(&self.view)
             check_vm(&self.vm, &self.view, &finding)
-            unlock(&self.vm.lock)
+            unlock_exclusive(&self.vm.lock)
         if finding.rule:
             where = self.where(finding.slot) if finding.slot else ""
             raise InvariantError(f"{RULES[finding.rule]}{where}: {finding.seen:#x}, should be {finding.wanted:#x}")
@@ -940,12 +942,12 @@ cdef class VCPU:
                 self.c.vttbr = vttbr_
                 self.c.vtcr = vtcr_
                 self.c.hcr = hcr_
-                unlock(&self.engine.vm.lock)
-                lock_shared(&self.engine.vm.lock)
+                unlock_exclusive(&self.engine.vm.lock)
+                lock_shared_other(&self.engine.vm.lock)
             try:
                 return self.engine.context_row(self.c.context)
             finally:
-                unlock(&self.engine.vm.lock)
+                unlock_shared_other(&self.engine.vm.lock)
         finally:
             self.leave()
 
@@ -958,7 +960,7 @@ cdef class VCPU:
                 if self.c.context != NO_CONTEXT:
                     context_release(&self.engine.vm, self.c.context)
                     self.c.context = NO_CONTEXT
-                unlock(&self.engine.vm.lock)
+                unlock_exclusive(&self.engine.vm.lock)
         finally:
             self.leave()
 
@@ -1059,7 +1061,7 @@ cdef class VCPU:
                     owed_begin(&vm.owed)
                     stored = populate_block(vm, cipa & ~(span - 1), pa & ~(span - 1), span, &attrs)
                     owed_end(&vm.owed)
-            unlock(&vm.lock)
+            unlock_exclusive(&vm.lock)
         if not stored:
             raise MemoryError(f"no room for the host table of {cipa:#x}")
         return 0

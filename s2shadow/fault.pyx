@@ -20,6 +20,7 @@ from s2shadow.dirty cimport is_logged, mark_dirty
 from s2shadow.host cimport grant_write, populate_linear
 from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
+from s2shadow.lock cimport lock_exclusive, lock_shared, sched_yield, unlock_exclusive, unlock_shared
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
@@ -30,7 +31,7 @@ from s2shadow.table cimport (
 from s2shadow.vm cimport (
     FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY,
     KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, combine_memo_t,
-    context_t, fault_t, is_active, lock_exclusive, lock_shared, read_tag, sched_yield, unlock, vcpu_t, vm_t,
+    context_t, fault_t, is_active, read_tag, vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_remembering, walk_t
 
@@ -118,17 +119,17 @@ cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint
     cdef step_t step = STEP_DONE
     while at < n:
         end = at + FAULT_CHUNK if n - at > FAULT_CHUNK else n
-        lock_shared(&vm.lock)
+        lock_shared(&vm.lock, vcpu.reader)
         while at < end:
             step = translate_one(vm, vcpu, ipas[at], masks[at * stride], False, out + at)
             if step != STEP_DONE:
                 break
             at += 1
-        unlock(&vm.lock)
+        unlock_shared(vcpu.reader)
         if step == STEP_EXCLUSIVE:
             lock_exclusive(&vm.lock)
             step = translate_one(vm, vcpu, ipas[at], masks[at * stride], True, out + at)
-            unlock(&vm.lock)
+            unlock_exclusive(&vm.lock)
             at += 1
 
 
@@ -451,7 +452,7 @@ cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access
         rmap_tidy(&vm.rmap, out.cipa)
     step = fault_step(vm, vcpu, ipa, access, True, out)
     owed_end(&vm.owed)
-    unlock(&vm.lock)
+    unlock_exclusive(&vm.lock)
     return step
 
 
@@ -463,7 +464,7 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
     cdef int64_t end
     while at[0] < n:
         end = at[0] + FAULT_CHUNK if n - at[0] > FAULT_CHUNK else n
-        lock_shared(&vm.lock)
+        lock_shared(&vm.lock, vcpu.reader)
         while at[0] < end:
             step = fault_step(vm, vcpu, ipas[at[0]], masks[at[0] * stride], False, &row)
             if step != STEP_DONE:
@@ -471,7 +472,7 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
             vcpu.kinds[row.kind] += 1
             out[at[0]] = row
             at[0] += 1
-        unlock(&vm.lock)
+        unlock_shared(vcpu.reader)
         if step == STEP_EXCLUSIVE:
             step = fault_exclusive(vm, vcpu, ipas[at[0]], masks[at[0] * stride], &row)
             if step == STEP_DONE:

@@ -2,7 +2,10 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from s2shadow.arch cimport DESC_VALID, level_span
+from s2shadow.atomics cimport peek64
 from s2shadow.memory cimport region_t
+from s2shadow.table cimport leaf_removed, table_find
 from s2shadow.vm cimport range_t, vm_t
 
 # What the host says about a range: the attribute half of canonical descriptors.
@@ -28,3 +31,21 @@ cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexce
 cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size, const host_attrs_t *attrs) noexcept nogil
 cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil
 cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t end) noexcept nogil
+
+
+cdef inline uint32_t whole_leaf(const vm_t *vm, uint64_t start, uint64_t end, int *level) noexcept nogil:
+    """Slot of the host leaf that maps just [start, end), or 0."""
+    cdef uint32_t slot
+    cdef uint64_t span
+    if start >= end:
+        return 0
+    slot = table_find(&vm.arena, &vm.canonical, start, level)
+    span = level_span(vm.arena.granule_bits, level[0])
+    if not peek64(vm.arena.words + slot) & DESC_VALID or start & (span - 1) or end - start != span:
+        return 0
+    return slot
+
+
+cdef inline void remove_host_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
+    leaf_removed(&vm.arena, slot, 0)
+    vm.canonical_leaves -= 1

@@ -14,20 +14,23 @@ from s2shadow.arch cimport (
     ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_VALID, FINAL_LEVEL, PERM_ALL, SH_ISH,
     decode_oa, decode_sh, largest_leaf_level, leaf_level_within, level_span, s2ap_xn_to_perm,
 )
-from s2shadow.atomics cimport fetch_or64, load64, store64
+from s2shadow.atomics cimport fetch_or64, load32, load64, store64
 from s2shadow.combine cimport leaf_desc
 from s2shadow.dirty cimport clear_dirty, dirty_any_logged, dirty_next, dirty_set_range, mark_dirty
 from s2shadow.leaf cimport (
-    OP_AGE, OP_DROP, OP_NARROW, drop_everything, evict, mark_young, visit_canonical, visit_context, visit_init, visit_t,
+    OP_AGE, OP_DROP, OP_NARROW, drop_everything, drop_list, evict, mark_young, visit_canonical, visit_context, visit_init,
+    visit_t,
 )
+from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
 from s2shadow.memory cimport region_t
 from s2shadow.owed cimport owed_begin, owed_end
+from s2shadow.rmap cimport rmap_find
 from s2shadow.table cimport (
-    arena_has_room, leaf_added, leaf_removed, next_leaf, split_block, table_ensure, table_find, table_tidy,
+    arena_has_room, leaf_added, leaf_after, next_leaf, split_block, table_ensure, table_find, table_tidy,
 )
 from s2shadow.vm cimport (
     ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP,
-    kernel_steps_per_context, lock_exclusive, overlaps_active, range_t, sched_yield, unlock, vm_t,
+    kernel_steps_per_context, note_change, overlaps_active, range_t, vm_t,
 )
 
 cdef enum:
@@ -51,16 +54,9 @@ cdef inline uint8_t granted_perm(uint64_t desc) noexcept nogil:
 
 cdef void breathe(vm_t *vm) noexcept nogil:
     """Let others have the lock for a moment."""
-    unlock(&vm.lock)
+    unlock_exclusive(&vm.lock)
     sched_yield()
     lock_exclusive(&vm.lock)
-
-
-cdef void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
-    """Raise host_seq and remember the range: a populate in flight over it must not be installed."""
-    vm.host_seq += 1
-    vm.changes[vm.host_seq % CHANGES_KEPT].start = start
-    vm.changes[vm.host_seq % CHANGES_KEPT].end = end
 
 
 cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t end) noexcept nogil:
@@ -74,7 +70,7 @@ cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t e
     return False
 
 
-cdef void begin(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
+cdef inline void begin(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
     lock_exclusive(&vm.lock)
     change.dropped = 0
     owed_begin(&vm.owed)
@@ -82,11 +78,11 @@ cdef void begin(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexce
     note_change(vm, start, end)
 
 
-cdef void finish(vm_t *vm, change_t *change) noexcept nogil:
+cdef inline void finish(vm_t *vm, change_t *change) noexcept nogil:
     """The ticket is the newest number: rows that were owed after a breath may have got a later one than the first."""
     owed_end(&vm.owed)
     change.ticket = vm.owed.seq
-    unlock(&vm.lock)
+    unlock_exclusive(&vm.lock)
 
 
 cdef bint register_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
@@ -101,7 +97,7 @@ cdef bint register_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil
 
 cdef void count_kernel_steps(vm_t *vm) noexcept nogil:
     cdef uint32_t i
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         if vm.contexts[i].valid:
             vm.kernel_steps += kernel_steps_per_context(vm)
 
@@ -123,11 +119,6 @@ cdef void drop_shadows_at_once(vm_t *vm, uint64_t start, uint64_t end) noexcept 
         return
     visit_init(&visit, OP_DROP, start, end)
     visit_canonical(vm, &visit)
-
-
-cdef void remove_host_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
-    leaf_removed(&vm.arena, slot, 0)
-    vm.canonical_leaves -= 1
 
 
 cdef void remove_host_leaves(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
@@ -193,10 +184,12 @@ cdef uint64_t chunk_end(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
     """Where a chunk of host leaves that starts at ``start`` ends; ``end`` when that is all."""
     cdef uint64_t at = start
     cdef int level = 0, _leaf
+    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
     for _leaf in range(DROP_CHUNK):
-        if not next_leaf(&vm.arena, &vm.canonical, &at, end, &level):
+        if not slot:
             return end
         at += level_span(vm.arena.granule_bits, level)
+        slot = leaf_after(&vm.arena, &vm.canonical, slot, &at, end, &level)
     return at if at < end else end
 
 
@@ -256,10 +249,39 @@ cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial
         forget_active(vm, start, end)
 
 
+cdef bint drop_page_shadows(vm_t *vm, uint64_t cipa, change_t *change) noexcept nogil:
+    """Drop all shadows of one host page; False where that is for the long way to do, or to end."""
+    cdef uint32_t head
+    if not has_reverse_map(vm):
+        return False
+    head = rmap_find(&vm.rmap, cipa, FINAL_LEVEL)
+    if not head or not load32(vm.rmap.heads + head):
+        return True
+    change.dropped += drop_list(vm, head, DROP_CHUNK)
+    return not load32(vm.rmap.heads + head)
+
+
 cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
-    begin(vm, start, end, change)
-    unmap_locked(vm, start, end, drop_partial, True, change)
-    finish(vm, change)
+    """Mostly the range is one host page; and where nothing ever was nested, nothing but the canonical table is asked."""
+    cdef int level = 0
+    cdef uint32_t slot
+    lock_exclusive(&vm.lock)
+    vm.invalidations += 1
+    note_change(vm, start, end)
+    change.dropped = 0
+    slot = whole_leaf(vm, start, end, &level)
+    if vm.contexts_used:
+        owed_begin(&vm.owed)
+        if slot and (level != FINAL_LEVEL or not drop_page_shadows(vm, start, change)):
+            slot = 0
+    if slot:
+        remove_host_leaf(vm, slot)
+    else:
+        unmap_locked(vm, start, end, drop_partial, True, change)
+    if vm.contexts_used:
+        owed_end(&vm.owed)
+    change.ticket = vm.owed.seq
+    unlock_exclusive(&vm.lock)
 
 
 cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const host_attrs_t *attrs) noexcept nogil:
@@ -483,41 +505,68 @@ cdef void narrow_everything(vm_t *vm, uint8_t keep) noexcept nogil:
     cdef uint32_t i
     if has_reverse_map(vm):
         return
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         if vm.contexts[i].generation:
             visit_init(&visit, OP_NARROW, 0, ~<uint64_t>0)
             visit.keep_perm = keep
             visit_context(vm, &vm.contexts[i], &visit)
 
 
+cdef uint64_t protect_whole(vm_t *vm, uint32_t slot, int level, uint64_t start, uint64_t end, uint8_t perm,
+                            uint64_t *work, change_t *change) noexcept nogil:
+    """Change the host leaves that lie inside [start, end) from the one in ``slot`` on, their shadows first; up to a
+    chunk, and to the first leaf that is cut by the range or allows what it should already. Where to go on."""
+    cdef uint64_t at = start, desc, changed, run_end = start
+    cdef uint32_t first = slot
+    cdef int first_level = level
+    cdef host_attrs_t attrs
+    while slot and work[0] < DROP_CHUNK:
+        if at != run_end or at + level_span(vm.arena.granule_bits, level) > end:
+            break
+        if granted_perm(load64(vm.arena.words + slot)) == perm:
+            break
+        at += level_span(vm.arena.granule_bits, level)
+        run_end = at
+        work[0] += 1
+        slot = leaf_after(&vm.arena, &vm.canonical, slot, &at, end, &level)
+    narrow_shadows(vm, start, run_end, perm, True, change)
+    slot = first
+    level = first_level
+    at = start
+    while at < run_end:
+        desc = load64(vm.arena.words + slot)
+        attrs.perm = perm
+        attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
+        attrs.sh = decode_sh(&vm.arena.oa, desc, SH_ISH)
+        attrs.young = (desc & DESC_AF) != 0
+        changed = host_desc(vm, at, decode_oa(&vm.arena.oa, desc), level, &attrs)
+        if perm & ACCESS_WRITE:
+            changed |= desc & DESC_S2AP_W   # W that a write has earned stays: the page is marked
+        store64(vm.arena.words + slot, changed)
+        at += level_span(vm.arena.granule_bits, level)
+        slot = leaf_after(&vm.arena, &vm.canonical, slot, &at, run_end, &level)
+    return run_end
+
+
 cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, uint64_t start, uint64_t end,
-                           uint8_t perm, change_t *change) noexcept nogil:
-    """Change one host leaf inside [start, end), split where it sticks out; where to go on."""
+                           uint8_t perm, uint64_t *work, change_t *change) noexcept nogil:
+    """Change host leaves inside [start, end) from the one in ``slot`` on, which is split where it sticks out; where to
+    go on."""
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t first = block if block > start else start
     cdef uint64_t last = block + span if block + span < end else end
-    cdef uint64_t desc = load64(vm.arena.words + slot), changed
-    cdef uint8_t old = granted_perm(desc)
-    cdef host_attrs_t attrs
-    if old == perm:
+    if granted_perm(load64(vm.arena.words + slot)) == perm:
+        work[0] += 1
         return block + span
     if last - first < span:
+        work[0] += 1
         change.dropped += drop_sticking_out(vm, first, last, last)
         if not split_at(vm, first) or not split_at(vm, last):
             drop_shadows_at_once(vm, block, block + span)
             remove_host_leaves(vm, block, block + span)
             return block + span
         return first                        # again, with pieces that fit
-    narrow_shadows(vm, first, last, perm, True, change)
-    attrs.perm = perm
-    attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-    attrs.sh = decode_sh(&vm.arena.oa, desc, SH_ISH)
-    attrs.young = (desc & DESC_AF) != 0
-    changed = host_desc(vm, block, decode_oa(&vm.arena.oa, desc), level, &attrs)
-    if perm & ACCESS_WRITE:
-        changed |= desc & DESC_S2AP_W       # W that a write has earned stays: the page is marked
-    store64(vm.arena.words + slot, changed)
-    return block + span
+    return protect_whole(vm, slot, level, block, end, perm, work, change)
 
 
 cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, change_t *change) noexcept nogil:
@@ -530,27 +579,25 @@ cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, cha
         slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
         if not slot:
             break
-        at = protect_leaf(vm, slot, level, at, start, end, perm, change)
-        work += 1
-        if work % DROP_CHUNK == 0 and has_reverse_map(vm):
-            breathe(vm)
+        at = protect_leaf(vm, slot, level, at, start, end, perm, &work, change)
+        if work >= DROP_CHUNK:
+            work = 0
+            if has_reverse_map(vm):
+                breathe(vm)
     note_change(vm, start, end)
     finish(vm, change)
 
 
 cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
     """Take W from host leaves that overlap [start, end), and from all their shadows."""
-    cdef uint64_t at = start, span
+    cdef uint64_t at = start
     cdef int level = 0
-    cdef uint32_t slot
-    while True:
-        slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
-        if not slot:
-            return
-        span = level_span(vm.arena.granule_bits, level)
-        narrow_shadows(vm, at, at + span, PERM_ALL & ~ACCESS_WRITE, False, change)
+    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+    narrow_shadows(vm, widen_start(vm, start), widen_end(vm, end), PERM_ALL & ~ACCESS_WRITE, False, change)
+    while slot:
         store64(vm.arena.words + slot, load64(vm.arena.words + slot) & ~DESC_S2AP_W)
-        at += span
+        at += level_span(vm.arena.granule_bits, level)
+        slot = leaf_after(&vm.arena, &vm.canonical, slot, &at, end, &level)
 
 
 cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, change_t *change) noexcept nogil:
@@ -619,4 +666,4 @@ cdef void host_age(vm_t *vm, uint64_t start, uint64_t end, bint clear, uint8_t *
         visit.clear_young = clear
         visit.bitmap = bitmap
         visit_canonical(vm, &visit)
-    unlock(&vm.lock)
+    unlock_exclusive(&vm.lock)

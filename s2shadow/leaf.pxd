@@ -36,6 +36,7 @@ cdef void visit_init(visit_t *visit, leaf_op_t op, uint64_t start, uint64_t end)
 cdef bint visit_canonical(vm_t *vm, visit_t *visit) noexcept nogil
 cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil
 cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil
+cdef uint64_t drop_list(vm_t *vm, uint32_t head, uint64_t budget) noexcept nogil
 cdef void drop_below(vm_t *vm, uint32_t slot) noexcept nogil
 cdef void drop_tables(vm_t *vm, context_t *context) noexcept nogil
 cdef uint64_t drop_everything(vm_t *vm) noexcept nogil

@@ -1,28 +1,32 @@
 """Visiting and removing shadow leaves. Everything here runs on the exclusive side."""
 
+from libc.stdint cimport uint16_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport (
     DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span, perm_to_s2ap_xn,
     s2ap_xn_to_perm,
 )
-from s2shadow.atomics cimport load32, load64, store64
+from s2shadow.atomics cimport fetch_ahead, load32, load64, store32, store64
 from s2shadow.intervals cimport (
     UNKNOWN_IPA, interval_t, intervals_empty, intervals_find, intervals_lose, intervals_remove, intervals_reset,
 )
 from s2shadow.owed cimport owe_context, owe_leaf
 from s2shadow.rmap cimport (
-    head_cipa, is_marker, known_head, leaf_cipa, link_next, link_prev, node_t, pin_node, rmap_is_empty, rmap_mark,
-    rmap_unlink, unpin_node,
+    HEAD_TAG, give_marker, head_cipa, head_emptied, is_marker, known_head, leaf_cipa, link_next, link_prev, node_t,
+    pin_node, rmap_is_empty, rmap_mark, rmap_unlink, unpin_node,
 )
 from s2shadow.table cimport (
-    CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaf_removed, page_of, page_t, pin_page,
-    slot_ipa, table_find, unpin_page,
+    CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaf_removed, leaves_removed, page_of, page_t,
+    pin_page, slot_ipa, table_find, unpin_page,
 )
 from s2shadow.vm cimport (
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, kernel_steps_per_context, read_tag,
     vm_t,
 )
+
+cdef enum:
+    FETCH_AHEAD = 16            # leaves whose heads are on their way while one is unlinked
 
 
 cdef void visit_init(visit_t *visit, leaf_op_t op, uint64_t start, uint64_t end) noexcept nogil:
@@ -62,20 +66,46 @@ cdef inline int leaf_level(const vm_t *vm, uint32_t slot) noexcept nogil:
     return vm.arena.pages[page_of(&vm.arena, slot)].level
 
 
+cdef inline void clear_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
+    """Remove a live leaf that is on no list any more from its table and the counts."""
+    cdef uint32_t page = page_of(&vm.arena, slot), index = slot & ((<uint32_t>1 << vm.arena.slot_bits) - 1)
+    cdef page_t *meta = &vm.arena.pages[page]
+    cdef uint32_t context = meta.context
+    cdef int level = meta.level, shift = level_shift(vm.arena.granule_bits, level)
+    cdef uint64_t desc = load64(vm.arena.words + slot), ipa = meta.ipa + (<uint64_t>index << shift)
+    cdef bint table_freed = leaf_removed(&vm.arena, slot, <int>read_tag(desc))
+    owe_leaf(&vm.owed, context, ipa, ipa + (<uint64_t>1 << shift), level, table_freed)
+    vm.removed += 1
+
+
 cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
-    """Remove one live leaf from its table, its list or map, and the counts."""
-    cdef uint64_t desc = load64(vm.arena.words + slot), ipa = slot_ipa(&vm.arena, slot)
-    cdef const page_t *page = &vm.arena.pages[page_of(&vm.arena, slot)]
-    cdef uint32_t context = page.context
-    cdef int level = page.level
-    cdef bint table_freed
+    """Remove a live leaf from its list or map, its table and the counts."""
     if vm.teardown == TEARDOWN_REVERSE_MAP:
         rmap_unlink(&vm.rmap, slot)
     elif vm.teardown == TEARDOWN_INTERVAL_MAP:
-        intervals_remove(vm.contexts[context].intervals, ipa)
-    table_freed = leaf_removed(&vm.arena, slot, <int>read_tag(desc))
-    owe_leaf(&vm.owed, context, ipa, ipa + level_span(vm.arena.granule_bits, level), level, table_freed)
-    vm.removed += 1
+        intervals_remove(vm.contexts[vm.arena.pages[page_of(&vm.arena, slot)].context].intervals,
+                         slot_ipa(&vm.arena, slot))
+    clear_leaf(vm, slot)
+
+
+cdef uint64_t drop_list(vm_t *vm, uint32_t head, uint64_t budget) noexcept nogil:
+    """Remove up to ``budget`` leaves from the front of a list; how many. What remains is a list again."""
+    cdef uint32_t slot = load32(vm.rmap.heads + head), following
+    cdef uint64_t dropped = 0
+    while slot:
+        following = load32(link_next(&vm.arena, slot))
+        if is_marker(&vm.rmap, slot):
+            give_marker(&vm.rmap, slot)
+        elif dropped < budget:
+            clear_leaf(vm, slot)
+            dropped += 1
+        else:
+            store32(link_prev(&vm.arena, slot), HEAD_TAG | head)
+            store32(vm.rmap.heads + head, slot)
+            return dropped
+        slot = following
+    head_emptied(&vm.rmap, head)
+    return dropped
 
 
 cdef void narrow_leaf(vm_t *vm, uint32_t slot, uint8_t keep) noexcept nogil:
@@ -148,7 +178,16 @@ cdef bint visit_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) no
 
 
 cdef bint visit_list(vm_t *vm, uint32_t head, visit_t *visit, uint64_t block) noexcept nogil:
-    cdef uint32_t slot = load32(vm.rmap.heads + head), following
+    """Apply the operation to the leaves that map ``block``; False when the budget is spent."""
+    cdef uint32_t slot, following
+    cdef uint64_t dropped
+    if visit.op == OP_DROP:
+        dropped = drop_list(vm, head, visit.budget)
+        visit.budget -= dropped
+        visit.dropped += dropped
+        visit.required += dropped
+        return not load32(vm.rmap.heads + head)
+    slot = load32(vm.rmap.heads + head)
     while slot:
         following = load32(link_next(&vm.arena, slot))
         if not is_marker(&vm.rmap, slot) and not visit_leaf(vm, slot, visit, block):
@@ -205,7 +244,7 @@ cdef bint visit_intervals(vm_t *vm, visit_t *visit) noexcept nogil:
     cdef uint64_t at
     cdef uint32_t i
     cdef int level = 0
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         context = &vm.contexts[i]
         at = visit.start
         while intervals_find(context.intervals, at, visit.end, &found):
@@ -243,6 +282,57 @@ cdef void release_page(vm_t *vm, uint32_t page) noexcept nogil:
         owe_leaf(&vm.owed, context, ipa, ipa + span, FINAL_LEVEL, True)
 
 
+cdef inline void fetch_head(const vm_t *vm, uint32_t slot) noexcept nogil:
+    """The head of a leaf that will be unlinked soon."""
+    cdef uint32_t prev = load32(link_prev(&vm.arena, slot))
+    if prev & HEAD_TAG:
+        fetch_ahead(vm.rmap.heads + (prev & ~<uint32_t>HEAD_TAG))
+
+
+cdef bint drop_run(vm_t *vm, uint32_t page, uint64_t first, uint64_t last, visit_t *visit) noexcept nogil:
+    """``visit_page`` where leaves of the smallest size are dropped: counted once for the page, owed once for each
+    stretch of neighbours. The page must be pinned."""
+    cdef const page_t *meta = &vm.arena.pages[page]
+    cdef uint32_t base = page << vm.arena.slot_bits, slot
+    cdef uint64_t i, desc, dropped = 0, gap = first
+    cdef int tag, page_bits = vm.arena.granule_bits
+    cdef uint16_t counts[GUEST_LEVELS]
+    cdef bint complete = True
+    memset(counts, 0, sizeof(counts))
+    for i in range(first, last + 1):
+        slot = base + <uint32_t>i
+        desc = load64(vm.arena.words + slot)
+        tag = <int>read_tag(desc)
+        if not desc & DESC_VALID or not visit.tags >> tag & 1:
+            if gap < i:
+                owe_leaf(&vm.owed, meta.context, meta.ipa + (gap << page_bits), meta.ipa + (i << page_bits),
+                         FINAL_LEVEL, False)
+            gap = i + 1
+            continue
+        if dropped == visit.budget:
+            complete = False
+            last = i - 1
+            break
+        if visit.guest_granule_bits:
+            visit.required += is_required(vm, slot, visit)
+        if i + FETCH_AHEAD <= last:
+            fetch_head(vm, slot + FETCH_AHEAD)
+        rmap_unlink(&vm.rmap, slot)
+        store64(vm.arena.words + slot, 0)
+        counts[tag] += 1
+        dropped += 1
+    if gap <= last and dropped:
+        owe_leaf(&vm.owed, meta.context, meta.ipa + (gap << page_bits), meta.ipa + ((last + 1) << page_bits),
+                 FINAL_LEVEL, False)
+    leaves_removed(&vm.arena, page, counts)
+    if not visit.guest_granule_bits:
+        visit.required += dropped
+    visit.budget -= dropped
+    visit.dropped += dropped
+    vm.removed += dropped
+    return complete
+
+
 cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
     """Every leaf of a table page and below that overlaps the range and has one of the guest levels."""
     cdef page_t *meta = &vm.arena.pages[page]
@@ -262,6 +352,9 @@ cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
     if (visit.end - 1 - meta.ipa) >> shift < last:
         last = (visit.end - 1 - meta.ipa) >> shift
     pin_page(&vm.arena, page)
+    if meta.level == FINAL_LEVEL and visit.op == OP_DROP and vm.teardown == TEARDOWN_REVERSE_MAP:
+        complete = drop_run(vm, page, first, last, visit)
+        first = last + 1
     for i in range(first, last + 1):
         slot = <uint32_t>((<uint64_t>page << vm.arena.slot_bits) + i)
         desc = load64(vm.arena.words + slot)
@@ -339,7 +432,7 @@ cdef uint64_t drop_everything(vm_t *vm) noexcept nogil:
     cdef uint64_t before = vm.removed
     cdef uint32_t i
     cdef visit_t visit
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         if not vm.contexts[i].generation or is_empty(vm, &vm.contexts[i]):
             continue                        # one that is being recycled has no owner, but leaves
         owe_context(&vm.owed, i)
@@ -368,7 +461,7 @@ cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:
     cdef context_t *context
     cdef context_t *coldest = NULL
     cdef uint32_t i, at = 0
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         context = &vm.contexts[i]
         if context.valid and not context.refs and i != keep and not is_empty(vm, context):
             if coldest == NULL or context.last_used < coldest.last_used:
@@ -405,7 +498,7 @@ cdef bint evict_leaf_table(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) n
 cdef bint evict_any_context(vm_t *vm) noexcept nogil:
     """The last resort: empty contexts that are in use too, one at a time."""
     cdef uint32_t i
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         if vm.contexts[i].generation and not is_empty(vm, &vm.contexts[i]):
             empty_whole(vm, i)
             return True

@@ -15,19 +15,20 @@ from s2shadow.arch cimport DESC_VALID, LEVEL_STAGE2_OFF, level_shift, level_span
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport decode_vmid
 from s2shadow.intervals cimport intervals_lose, intervals_reset
-from s2shadow.leaf cimport OP_DROP, is_empty, visit_context, visit_init, visit_t
+from s2shadow.leaf cimport OP_DROP, drop_leaf, is_empty, visit_context, visit_init, visit_t
+from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
 from s2shadow.owed cimport (
     CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
     owed_begin, owed_end,
 )
-from s2shadow.table cimport table_find
+from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, table_find
 from s2shadow.tlbi cimport (
     NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
     tlbi_decode, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
     CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, context_t, forget_guest_path,
-    kernel_steps_per_context, lock_exclusive, read_tag, sched_yield, tlbi_class_t, unlock,
+    kernel_steps_per_context, read_tag, tlbi_class_t,
 )
 
 cdef enum:
@@ -42,7 +43,7 @@ cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept no
     cdef uint64_t generation = context.generation
     visit.budget = DROP_CHUNK
     while not visit_context(vm, context, visit):
-        unlock(&vm.lock)
+        unlock_exclusive(&vm.lock)
         sched_yield()
         lock_exclusive(&vm.lock)
         if context.generation != generation or not context.valid:
@@ -70,14 +71,63 @@ cdef uint8_t hinted_tags(const tlbi_t *tlbi) noexcept nogil:
     return GUEST_TAGS if tlbi.level == NO_LEVEL else <uint8_t>(1 << (tlbi.level - LEVEL_STAGE2_OFF))
 
 
+cdef inline int tag_shift(const context_t *context, int tag) noexcept nogil:
+    """Size of L1's leaves of a guest level, in bits."""
+    return level_shift(context.config.granule_bits, tag + LEVEL_STAGE2_OFF)
+
+
+cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t tags,
+                            tlbi_result_t *result) noexcept nogil:
+    """Drop the shadow leaf over ``ipa`` if it has one of the guest levels and L1's block is no larger than the entry
+    that the descent ends at. Returns the levels of larger blocks: of those any leaf under the block is named."""
+    cdef int level = context.shadow.start_level, shift = level_shift(vm.arena.granule_bits, level)
+    cdef int largest = tag_shift(context, lowest_bit(tags))
+    cdef uint32_t slot, mask = (<uint32_t>1 << vm.arena.slot_bits) - 1
+    cdef uint64_t desc
+    cdef uint8_t larger = 0
+    slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
+    while True:
+        while largest > shift:
+            larger |= tags & -tags
+            tags &= tags - 1
+            if not tags:
+                return larger
+            largest = tag_shift(context, lowest_bit(tags))
+        desc = load64(vm.arena.words + slot)
+        if not is_table(desc, level):
+            break
+        level += 1
+        shift -= vm.arena.slot_bits
+        slot = child_page(&vm.arena, desc) << vm.arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
+    if desc & DESC_VALID and tags >> read_tag(desc) & 1:
+        drop_leaf(vm, slot)
+        result.removed += 1
+        result.required += 1
+    return larger
+
+
+cdef inline uint8_t context_tags(const vm_t *vm, const context_t *context) noexcept nogil:
+    """The guest levels that a context has leaves of."""
+    cdef const page_t *page = &vm.arena.pages[context.shadow.root]
+    cdef uint8_t tags = held_tags(page)
+    cdef uint32_t i
+    for i in range(1, <uint32_t>1 << context.shadow.concatenated_bits):
+        tags |= held_tags(page + i)
+    return tags
+
+
 cdef void drop_extents(vm_t *vm, context_t *context, const tlbi_t *tlbi, tlbi_result_t *result) noexcept nogil:
     """Exactly the leaves that the extent rule names. A hint of another granule names none."""
     cdef visit_t visit
     cdef uint64_t span
-    cdef uint8_t tags = hinted_tags(tlbi)
+    cdef uint8_t tags = hinted_tags(tlbi) & context_tags(vm, context)
     cdef int level
     cdef bint whole
     if tlbi.granule_bits and tlbi.granule_bits != context.config.granule_bits:
+        return
+    if tags and not tlbi.op.is_range and not tlbi.start >> context.shadow.ia_bits:
+        tags = drop_at(vm, context, tlbi.start, tags, result)
+    if not tags:
         return
     for level in range(-1, 4):
         if not tags >> (level - LEVEL_STAGE2_OFF) & 1 or level_shift(context.config.granule_bits, level) >= 64:
@@ -176,7 +226,7 @@ cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_t *exact, const 
     cdef context_t *context
     cdef uint32_t i
     forget_guest_tables(vm, tlbi, vmid)
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         context = &vm.contexts[i]
         if not context.valid or (tlbi.op.scope != SCOPE_ALL and context.config.vmid != vmid):
             continue
@@ -220,7 +270,7 @@ cdef void apply_stage1(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tl
     if tlbi.op.regime == REGIME_EL2_S1 or (regs.hcr >> HCR_E2H_BIT & 1 and regs.hcr >> HCR_TGE_BIT & 1):
         owe_one_stage1(vm, tlbi, CANONICAL_VMID, regs.hcr >> HCR_E2H_BIT & 1)
         return
-    for i in range(vm.context_count):
+    for i in range(vm.contexts_used):
         if vm.contexts[i].valid and vm.contexts[i].config.vmid == vmid:
             result.contexts += 1
             owe_one_stage1(vm, tlbi, i + FIRST_CONTEXT_VMID, True)
@@ -259,4 +309,4 @@ cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs
     vm.tlbi_contexts[<int>kind] += result.contexts
     vm.tlbi_removed[<int>kind] += result.removed
     vm.tlbi_required[<int>kind] += result.required
-    unlock(&vm.lock)
+    unlock_exclusive(&vm.lock)

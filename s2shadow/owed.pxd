@@ -38,16 +38,68 @@ ctypedef struct owed_t:
     uint16_t *touched_list
     uint32_t touched_count
     uint8_t track
-    pthread_mutex_t lock
+    pthread_mutex_t lock        # among those who relax leaves on the shared side
 
 cdef bint owed_init(owed_t *owed, uint32_t contexts, bint track) noexcept nogil
 cdef void owed_destroy(owed_t *owed) noexcept nogil
-cdef uint64_t owed_begin(owed_t *owed) noexcept nogil
-cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level,
-                   bint table_freed) noexcept nogil
+cdef void append(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
+                 bint last_level) noexcept nogil
 cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil
 cdef void owe_stage1(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
                      bint last_level) noexcept nogil
-cdef void owed_end(owed_t *owed) noexcept nogil
+cdef void owe_touched(owed_t *owed) noexcept nogil
 cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil
 cdef uint32_t owed_take(owed_t *owed, hw_tlbi_t *out, uint32_t limit) noexcept nogil
+
+
+cdef inline void owed_begin(owed_t *owed) noexcept nogil:
+    """Start an operation (exclusive side): it gets the next number."""
+    owed.seq += 1
+
+
+cdef inline void put(owed_t *owed, uint64_t seq, int op, uint32_t vmid, uint64_t start, uint64_t end, int level,
+                     uint16_t asid, bint last_level) noexcept nogil:
+    """Write a row; there must be room."""
+    cdef hw_tlbi_t *row = owed.rows + owed.count
+    owed.count += 1
+    row.seq = seq
+    row.op = <uint8_t>op
+    row.host_vmid = <uint16_t>vmid
+    row.start = start
+    row.end = end
+    row.level = <int8_t>level
+    row.asid = asid
+    row.last_level = last_level
+
+
+cdef inline void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level,
+                          bint table_freed) noexcept nogil:
+    """The operation removed or narrowed a leaf. Where a table went with it, walk caches must forget the table too."""
+    cdef uint32_t vmid = context + FIRST_CONTEXT_VMID
+    cdef const hw_tlbi_t *last
+    if not owed.track or owed.whole[vmid]:
+        return
+    if not owed.touched[vmid]:
+        owed.touched[vmid] = 1
+        owed.touched_list[owed.touched_count] = <uint16_t>vmid
+        owed.touched_count += 1
+    if table_freed:
+        level = LEVEL_ANY
+    last = owed.rows + owed.count - 1
+    if owed.count == owed.capacity or (owed.count and last.end == start):
+        append(owed, TLBI_IPA, vmid, start, end, level, 0, not table_freed)
+    else:
+        put(owed, owed.seq, TLBI_IPA, vmid, start, end, level, 0, not table_freed)
+
+
+cdef inline void owed_end(owed_t *owed) noexcept nogil:
+    """Finish an operation: the stage 1 of every context that it touched goes too."""
+    cdef uint32_t vmid
+    if owed.touched_count == 1 and owed.count < owed.capacity:
+        owed.touched_count = 0
+        vmid = owed.touched_list[0]
+        owed.touched[vmid] = 0
+        if not owed.whole[vmid]:
+            put(owed, owed.seq, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY, 0, False)
+    elif owed.touched_count:
+        owe_touched(owed)

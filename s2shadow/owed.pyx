@@ -45,25 +45,11 @@ cdef void collapse(owed_t *owed) noexcept nogil:
     owed.count = 0
     for vmid in range(owed.vmids):
         if owed.whole[vmid]:
-            put(owed, seq, TLBI_VMALLS12, vmid, 0, 0, LEVEL_ANY)
+            put(owed, seq, TLBI_VMALLS12, vmid, 0, 0, LEVEL_ANY, 0, False)
 
 
-cdef hw_tlbi_t *put(owed_t *owed, uint64_t seq, int op, uint32_t vmid, uint64_t start, uint64_t end,
-                    int level) noexcept nogil:
-    cdef hw_tlbi_t *row = owed.rows + owed.count
-    owed.count += 1
-    memset(row, 0, sizeof(hw_tlbi_t))
-    row.seq = seq
-    row.op = <uint8_t>op
-    row.host_vmid = <uint16_t>vmid
-    row.start = start
-    row.end = end
-    row.level = <int8_t>level
-    return row
-
-
-cdef void append(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid=0,
-                 bint last_level=False) noexcept nogil:
+cdef void append(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
+                 bint last_level) noexcept nogil:
     """Queue a row, unless a VMALLS12 that is still queued covers it; adjacent ranges of one operation merge."""
     cdef hw_tlbi_t *last
     if owed.whole[vmid]:
@@ -83,59 +69,32 @@ cdef void append(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t e
             return
     if op == TLBI_VMALLS12:
         owed.whole[vmid] = 1
-    last = put(owed, owed.seq, op, vmid, start, end, level)
-    last.asid = asid
-    last.last_level = last_level
-
-
-cdef uint64_t owed_begin(owed_t *owed) noexcept nogil:
-    """Start an operation (exclusive side); its number."""
-    owed.seq += 1
-    return owed.seq
-
-
-cdef void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level,
-                   bint table_freed) noexcept nogil:
-    """The operation removed or narrowed a leaf. Where a table went with it, walk caches must forget the table too."""
-    cdef uint32_t vmid = context + FIRST_CONTEXT_VMID
-    if not owed.track or owed.whole[vmid]:
-        return
-    pthread_mutex_lock(&owed.lock)
-    append(owed, TLBI_IPA, vmid, start, end, LEVEL_ANY if table_freed else level, 0, not table_freed)
-    pthread_mutex_unlock(&owed.lock)
-    if not owed.touched[vmid]:
-        owed.touched[vmid] = 1
-        owed.touched_list[owed.touched_count] = <uint16_t>vmid
-        owed.touched_count += 1
+    put(owed, owed.seq, op, vmid, start, end, level, asid, last_level)
 
 
 cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil:
     """The operation empties a whole context."""
     if owed.track:
-        pthread_mutex_lock(&owed.lock)
-        append(owed, TLBI_VMALLS12, context + FIRST_CONTEXT_VMID, 0, 0, LEVEL_ANY)
-        pthread_mutex_unlock(&owed.lock)
+        append(owed, TLBI_VMALLS12, context + FIRST_CONTEXT_VMID, 0, 0, LEVEL_ANY, 0, False)
 
 
 cdef void owe_stage1(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
                      bint last_level) noexcept nogil:
     """L1 invalidated stage-1 entries: the hardware holds them under the host's VMID."""
     if owed.track:
-        pthread_mutex_lock(&owed.lock)
         append(owed, op, vmid, start, end, level, asid, last_level)
-        pthread_mutex_unlock(&owed.lock)
 
 
-cdef void owed_end(owed_t *owed) noexcept nogil:
-    """Finish an operation: the stage 1 of every context that it touched goes too."""
+cdef void owe_touched(owed_t *owed) noexcept nogil:
     cdef uint32_t vmid
     while owed.touched_count:
         owed.touched_count -= 1
         vmid = owed.touched_list[owed.touched_count]
         owed.touched[vmid] = 0
-        pthread_mutex_lock(&owed.lock)
-        append(owed, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY)
-        pthread_mutex_unlock(&owed.lock)
+        if owed.count == owed.capacity:
+            append(owed, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY, 0, False)
+        elif not owed.whole[vmid]:
+            put(owed, owed.seq, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY, 0, False)
 
 
 cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
@@ -145,20 +104,17 @@ cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t e
     pthread_mutex_lock(&owed.lock)
     owed.seq += 1
     append(owed, TLBI_IPA, context + FIRST_CONTEXT_VMID, start, end, level, 0, True)
-    append(owed, TLBI_VMALL, context + FIRST_CONTEXT_VMID, 0, 0, LEVEL_ANY)
+    append(owed, TLBI_VMALL, context + FIRST_CONTEXT_VMID, 0, 0, LEVEL_ANY, 0, False)
     pthread_mutex_unlock(&owed.lock)
 
 
 cdef uint32_t owed_take(owed_t *owed, hw_tlbi_t *out, uint32_t limit) noexcept nogil:
-    """Move up to ``limit`` rows out, oldest first; how many."""
-    cdef uint32_t i, taken
-    pthread_mutex_lock(&owed.lock)
-    taken = owed.count if owed.count < limit else limit
+    """Move up to ``limit`` rows out (exclusive side), oldest first; how many."""
+    cdef uint32_t i, taken = owed.count if owed.count < limit else limit
     memcpy(out, owed.rows, taken * sizeof(hw_tlbi_t))
     for i in range(taken):
         if out[i].op == TLBI_VMALLS12:
             owed.whole[out[i].host_vmid] = 0
     owed.count -= taken
     memmove(owed.rows, owed.rows + taken, owed.count * sizeof(hw_tlbi_t))
-    pthread_mutex_unlock(&owed.lock)
     return taken

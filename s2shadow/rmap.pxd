@@ -37,13 +37,15 @@ ctypedef struct rmap_t:
     uint32_t next_node
     uint32_t free_node
     uint32_t root
+    int8_t root_level
     pthread_mutex_t lock
 
 cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
 cdef void rmap_destroy(rmap_t *rmap) noexcept nogil
 cdef uint32_t rmap_ensure(rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
-cdef uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
-cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil
+cdef void unlink_after_leaf(rmap_t *rmap, uint32_t slot) noexcept nogil
+cdef void give_marker(rmap_t *rmap, uint32_t marker) noexcept nogil
+cdef void node_less(rmap_t *rmap, uint32_t node) noexcept nogil
 cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil
 cdef void rmap_tidy(rmap_t *rmap, uint64_t cipa) noexcept nogil
 cdef void pin_node(rmap_t *rmap, uint32_t node) noexcept nogil
@@ -115,6 +117,21 @@ cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_sl
     return name
 
 
+cdef inline uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept nogil:
+    """Name of the head for the block of ``level``'s size around ``cipa``, or 0 if there are no leaves of its node."""
+    cdef int bits = rmap.arena.slot_bits, shift = level_shift(rmap.arena.granule_bits, rmap.root_level)
+    cdef uint32_t mask = (<uint32_t>1 << bits) - 1
+    cdef uint32_t node, name = rmap.root << bits | (<uint32_t>(cipa >> shift) & mask)
+    cdef int _level
+    for _level in range(rmap.root_level, level):
+        node = load32(rmap.children + name)
+        if not node:
+            return 0
+        shift -= bits
+        name = node << bits | (<uint32_t>(cipa >> shift) & mask)
+    return name
+
+
 cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil:
     """Put a leaf at the front of a list. Lock-free: pushes may race with pushes, never with unlinks."""
     cdef uint32_t first = load32(rmap.heads + head)
@@ -132,3 +149,28 @@ cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept 
         bump32(&node.used, 1)
     else:
         fetch_add32(&node.used, 1)
+
+
+cdef inline void head_emptied(rmap_t *rmap, uint32_t head) noexcept nogil:
+    """A list lost its last leaf (exclusive side)."""
+    cdef node_t *node = &rmap.nodes[head >> rmap.arena.slot_bits]
+    store32(rmap.heads + head, 0)
+    if node.used > 1:
+        bump32(&node.used, <uint32_t>-1)
+    else:
+        node_less(rmap, head >> rmap.arena.slot_bits)
+
+
+cdef inline void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
+    """Take a leaf out of its list (exclusive side)."""
+    cdef uint32_t following, prev = load32(link_prev(rmap.arena, slot))
+    if not prev & HEAD_TAG:
+        unlink_after_leaf(rmap, slot)
+        return
+    following = load32(link_next(rmap.arena, slot))
+    prev &= ~<uint32_t>HEAD_TAG
+    if following:
+        store32(link_prev(rmap.arena, following), HEAD_TAG | prev)
+        store32(rmap.heads + prev, following)
+    else:
+        head_emptied(rmap, prev)

@@ -48,6 +48,7 @@ cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
                 level -= 1
             rmap.root = take_node(rmap, level)
             rmap.nodes[rmap.root].level = <int8_t>level
+            rmap.root_level = <int8_t>level
             return True
         rmap_unmap(rmap)
         rmap.node_limit >>= 1
@@ -133,19 +134,13 @@ cdef uint32_t rmap_ensure(rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
     return name
 
 
-cdef uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept nogil:
-    """Name of that head, or 0 if no leaf of any size of its node was ever there."""
-    cdef uint32_t node = rmap.root, name = entry_name(rmap, node, cipa)
-    while rmap.nodes[node].level < level:
-        node = load32(rmap.children + name)
-        if not node:
-            return 0
-        name = entry_name(rmap, node, cipa)
-    return name
-
-
-cdef void join(rmap_t *rmap, uint32_t prev, uint32_t following) noexcept nogil:
-    """Make two neighbours of what is taken out; nodes that are empty now go."""
+cdef void unlink_after_leaf(rmap_t *rmap, uint32_t slot) noexcept nogil:
+    """``rmap_unlink`` of a leaf that is not the first: a marker must stand before a leaf, one that does not goes."""
+    cdef uint32_t following = load32(link_next(rmap.arena, slot)), prev = load32(link_prev(rmap.arena, slot))
+    if is_marker(rmap, prev) and (not following or is_marker(rmap, following)):
+        slot = prev
+        prev = load32(link_prev(rmap.arena, slot))
+        give_marker(rmap, slot)
     if following:
         store32(link_prev(rmap.arena, following), prev)
     if not prev & HEAD_TAG:
@@ -155,15 +150,6 @@ cdef void join(rmap_t *rmap, uint32_t prev, uint32_t following) noexcept nogil:
     store32(rmap.heads + prev, following)
     if not following:
         node_less(rmap, prev >> rmap.arena.slot_bits)
-
-
-cdef void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
-    """Take a leaf out of its list (exclusive side). A marker always stands before a leaf: one that does not goes."""
-    cdef uint32_t following = load32(link_next(rmap.arena, slot)), prev = load32(link_prev(rmap.arena, slot))
-    join(rmap, prev, following)
-    if not prev & HEAD_TAG and is_marker(rmap, prev) and (not following or is_marker(rmap, following)):
-        join(rmap, load32(link_prev(rmap.arena, prev)), following)
-        give_marker(rmap, prev)
 
 
 cdef uint32_t take_marker(rmap_t *rmap, uint32_t head) noexcept nogil:

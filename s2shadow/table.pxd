@@ -6,7 +6,7 @@
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
-from s2shadow.atomics cimport bump16, fetch_add16, peek64
+from s2shadow.atomics cimport bump16, fetch_add16, load64, peek64, store64
 
 cdef enum:
     SLOT_LIMIT_BITS = 31        # bit 31 of a link tags a reverse-map head
@@ -90,7 +90,8 @@ cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, i
 cdef bint charge_links(arena_t *arena, page_t *meta) noexcept nogil
 cdef void first_of_level(arena_t *arena, page_t *meta, int tag) noexcept nogil
 cdef void root_in_use(arena_t *arena) noexcept nogil
-cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil
+cdef bint last_leaf_removed(arena_t *arena, uint32_t page, int tag) noexcept nogil
+cdef bint leaves_removed(arena_t *arena, uint32_t page, const uint16_t *counts) noexcept nogil
 cdef bint table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil
 cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil
@@ -108,6 +109,27 @@ cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogi
     cdef const page_t *page = &arena.pages[slot >> arena.slot_bits]
     cdef uint64_t index = slot & ((1 << arena.slot_bits) - 1)
     return page.ipa + (index << level_shift(arena.granule_bits, page.level))
+
+
+cdef extern from *:
+    """
+    #include <string.h>
+    /* whether a page holds leaves of guest levels -2 to 1: the first four counters at once */
+    static inline int s2_holds_large(const uint16_t *holds) { uint64_t w; memcpy(&w, holds, 8); return w != 0; }
+    static inline int s2_lowest(unsigned bits) { return __builtin_ctz(bits); }
+    """
+    bint holds_large "s2_holds_large"(const uint16_t *holds) noexcept nogil
+    int lowest_bit "s2_lowest"(unsigned int bits) noexcept nogil           # of a number that is not 0
+
+
+cdef inline uint8_t held_tags(const page_t *page) noexcept nogil:
+    """The guest levels (bit level + 2) of which there are leaves in a page or below."""
+    cdef uint8_t tags = <uint8_t>((page.holds[4] != 0) << 4 | (page.holds[5] != 0) << 5)
+    cdef int tag
+    if holds_large(page.holds):
+        for tag in range(4):
+            tags |= <uint8_t>((page.holds[tag] != 0) << tag)
+    return tags
 
 
 cdef inline bint is_table(uint64_t desc, int level) noexcept nogil:
@@ -202,3 +224,25 @@ cdef inline void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nog
     entry_added(arena, page)
     if count16(arena, &meta.holds[tag]) == 0:
         first_of_level(arena, meta, tag)
+
+
+cdef inline bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
+    """Clear a leaf's slot and what counted it; empty tables go (exclusive side), True if one did."""
+    cdef uint32_t page = page_of(arena, slot)
+    cdef page_t *meta = &arena.pages[page]
+    store64(arena.words + slot, 0)
+    if meta.holds[tag] > 1:                 # so is ``live``
+        bump16(&meta.holds[tag], <uint16_t>-1)
+        bump16(&meta.live, <uint16_t>-1)
+        return False
+    return last_leaf_removed(arena, page, tag)
+
+
+cdef inline uint32_t leaf_after(const arena_t *arena, const table_t *table, uint32_t slot, uint64_t *ipa, uint64_t end,
+                                int *level) noexcept nogil:
+    """``next_leaf`` where ``slot``, of ``level``, ends at ``ipa``: mostly its neighbour."""
+    slot += 1
+    if level[0] == FINAL_LEVEL and slot & ((<uint32_t>1 << arena.slot_bits) - 1) and ipa[0] < end:
+        if peek64(arena.words + slot) & DESC_VALID:
+            return slot
+    return next_leaf(arena, table, ipa, end, level)

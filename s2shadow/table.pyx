@@ -264,11 +264,25 @@ cdef bint entry_removed(arena_t *arena, uint32_t page) noexcept nogil:
     return freed
 
 
-cdef bint leaf_removed(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
-    """Clear a leaf's slot and what counted it; empty tables go (exclusive side), True if one did."""
-    cdef uint32_t page = page_of(arena, slot)
-    store64(arena.words + slot, 0)
+cdef bint last_leaf_removed(arena_t *arena, uint32_t page, int tag) noexcept nogil:
+    """Count a page's last leaf of one guest level less; the page goes if it is empty now, True if so."""
     holds_less(arena, &arena.pages[page], tag)
+    return entry_removed(arena, page)
+
+
+cdef bint leaves_removed(arena_t *arena, uint32_t page, const uint16_t *counts) noexcept nogil:
+    """Count the leaves of a page that were cleared, by guest level + 2; True if that freed it (exclusive side)."""
+    cdef page_t *meta = &arena.pages[page]
+    cdef uint16_t all = 0
+    cdef int tag
+    for tag in range(GUEST_LEVELS):
+        if counts[tag]:
+            all += counts[tag]
+            bump16(&meta.holds[tag], 1 - counts[tag])
+            holds_less(arena, meta, tag)
+    if not all:
+        return False
+    bump16(&meta.live, 1 - all)
     return entry_removed(arena, page)
 
 

@@ -124,7 +124,7 @@ cdef tlbi_status_t tlbi_lookup_word(uint32_t word, const features_t *features, t
     return tlbi_lookup(word >> 16 & 7, word >> 12 & 15, word >> 8 & 15, word >> 5 & 7, features, op)
 
 
-cdef void decode_single_hint(uint64_t xt, const features_t *features, tlbi_t *out) noexcept nogil:
+cdef inline void decode_single_hint(uint64_t xt, const features_t *features, tlbi_t *out) noexcept nogil:
     """TTL: granule and level; what names no leaf size of that granule is no hint."""
     cdef int granule = <int>bits(xt, 46, 2), level = <int>bits(xt, 44, 2)
     out.ttl = <uint8_t>bits(xt, 44, 4)
@@ -157,7 +157,7 @@ cdef void decode_range(uint64_t xt, const features_t *features, bint ds, bint kv
     out.end = out.start + (pages << out.granule_bits)
 
 
-cdef void clamp_ipa(tlbi_t *out, int ia_bits) noexcept nogil:
+cdef inline void clamp_ipa(tlbi_t *out, int ia_bits) noexcept nogil:
     """An address beyond the input size names nothing; a range ends there."""
     if out.start >> ia_bits:
         out.names_nothing = 1
@@ -200,18 +200,21 @@ cdef void extend_va_range(tlbi_t *out) noexcept nogil:
 cdef void tlbi_decode(const tlbi_op_t *op, uint64_t xt, const features_t *features, uint64_t vtcr, bint kvm72,
                       tlbi_t *out) noexcept nogil:
     """Decode an operand. ``vtcr`` gives DS and the input size. Reserved bits are ignored."""
-    cdef bint ds = features.lpa2 and bits(vtcr, 32, 1) != 0
-    cdef int ia_bits = <int>(64 - bits(vtcr, 0, 6))
-    memset(out, 0, sizeof(tlbi_t))
+    cdef int ia_bits
     out.op = op[0]
+    out.names_nothing = 0
+    out.granule_bits = 0
     out.level = NO_LEVEL
-    if op.takes_asid:
-        out.asid = <uint16_t>(xt >> 48)
+    out.ttl = 0
+    out.asid = <uint16_t>(xt >> 48) if op.takes_asid else 0
+    out.start = 0
+    out.end = 0
     if op.scope == SCOPE_IPA:
+        ia_bits = <int>(64 - bits(vtcr, 0, 6))
         if ia_bits > 52:
             ia_bits = 52
         if op.is_range:
-            decode_range(xt, features, ds and not kvm72, kvm72, out)
+            decode_range(xt, features, features.lpa2 and bits(vtcr, 32, 1) and not kvm72, kvm72, out)
         else:
             decode_single_hint(xt, features, out)
             out.start = bits(xt, 0, 40 if features.pa_bits >= 52 else 36) << PAGE_BITS

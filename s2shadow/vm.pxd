@@ -6,6 +6,7 @@ from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.dirty cimport dirty_t
 from s2shadow.intervals cimport intervals_t
+from s2shadow.lock cimport lock_t, reader_t
 from s2shadow.memory cimport mem_view_t
 from s2shadow.owed cimport owed_t
 from s2shadow.rmap cimport rmap_t
@@ -14,35 +15,13 @@ from s2shadow.walker cimport walk_path_t
 
 cdef extern from *:
     """
-    #include <pthread.h>
-    #include <sched.h>
-    typedef pthread_rwlock_t s2_rwlock_t;
     /* S2SHADOW_STRESS builds let go of the lock as often as they can */
     #ifdef S2SHADOW_STRESS
     enum { S2_DROP_CHUNK = 2, S2_FAULT_CHUNK = 1 };
     #else
     enum { S2_DROP_CHUNK = 4096, S2_FAULT_CHUNK = 32 };
     #endif
-    static inline void s2_rwlock_init(s2_rwlock_t *l)
-    {
-        pthread_rwlockattr_t a;
-        pthread_rwlockattr_init(&a);
-    #ifdef __GLIBC__
-        /* readers come in streams of batches: an invalidation must get its turn */
-        pthread_rwlockattr_setkind_np(&a, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
-    #endif
-        pthread_rwlock_init(l, &a);
-        pthread_rwlockattr_destroy(&a);
-    }
     """
-    ctypedef struct rwlock_t "s2_rwlock_t":
-        pass
-    void rwlock_init "s2_rwlock_init"(rwlock_t *lock) noexcept nogil
-    int rwlock_destroy "pthread_rwlock_destroy"(rwlock_t *lock) noexcept nogil
-    int lock_shared "pthread_rwlock_rdlock"(rwlock_t *lock) noexcept nogil
-    int lock_exclusive "pthread_rwlock_wrlock"(rwlock_t *lock) noexcept nogil
-    int unlock "pthread_rwlock_unlock"(rwlock_t *lock) noexcept nogil
-    int sched_yield() noexcept nogil
     const int DROP_CHUNK "S2_DROP_CHUNK"        # leaves removed or changed before the lock is let go for a moment
     const int FAULT_CHUNK "S2_FAULT_CHUNK"      # faults of a batch under one shared section
 
@@ -126,6 +105,7 @@ ctypedef struct vcpu_t:
     uint64_t vtcr
     uint64_t hcr
     uint64_t asked_cipa         # what STEP_POPULATE asks the embedder for
+    reader_t *reader            # of vm.lock
     uint32_t context
     uint32_t busy
     uint64_t kinds[8]
@@ -148,7 +128,7 @@ ctypedef struct vm_t:
     teardown_t teardown
     uint8_t ignore_guest_attributes
     uint8_t tlbi_kvm72
-    rwlock_t lock
+    lock_t lock
     # populate
     populate_t populate
     int64_t linear_offset
@@ -160,6 +140,7 @@ ctypedef struct vm_t:
     uint32_t active_count
     range_t changes[CHANGES_KEPT]
     uint64_t host_seq
+    uint32_t contexts_used      # contexts from here on were never acquired; 0: nothing ever was nested
     # counters of the exclusive side
     uint64_t clock
     uint64_t removed
@@ -210,6 +191,15 @@ cdef inline bint overlaps_active(const vm_t *vm, uint64_t start, uint64_t end) n
         if vm.active[i].start < end and start < vm.active[i].end:
             return True
     return False
+
+
+cdef inline void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Raise host_seq and remember the range: a populate in flight over it must not be installed."""
+    cdef range_t *change
+    vm.host_seq += 1
+    change = &vm.changes[vm.host_seq % CHANGES_KEPT]
+    change.start = start
+    change.end = end
 
 
 cdef inline uint64_t read_tag(uint64_t desc) noexcept nogil:
