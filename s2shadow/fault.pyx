@@ -23,6 +23,7 @@ from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.lock cimport lock_exclusive, lock_shared, sched_yield, unlock_exclusive, unlock_shared
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
+from s2shadow.plainfault cimport fault_plainly, learn_plain
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
 from s2shadow.table cimport (
     DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, slot_ipa, table_ensure, table_find, table_find_near,
@@ -313,6 +314,8 @@ cdef inline step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t ac
     out.pa = host.pa + (walked.pa & (host.size - 1))
     if shadow_slot and shadow_level == leaf.level:
         if fill_slot(vm, vcpu, shadow_slot, host_slot, block, &leaf, out) == INSTALL_DONE:
+            if not logged:
+                learn_plain(vm, vcpu, ipa, walked, host, host_slot, shadow_slot, &leaf)
             return STEP_DONE
     return install_somehow(vm, vcpu, ipa, exclusive, host_slot, block, &leaf, may_keep_write, out)
 
@@ -466,7 +469,10 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
         end = at[0] + FAULT_CHUNK if n - at[0] > FAULT_CHUNK else n
         lock_shared(&vm.lock, vcpu.reader)
         while at[0] < end:
-            step = fault_step(vm, vcpu, ipas[at[0]], masks[at[0] * stride], False, &row)
+            if fault_plainly(vm, vcpu, ipas[at[0]], masks[at[0] * stride], &row):
+                step = STEP_DONE
+            else:
+                step = fault_step(vm, vcpu, ipas[at[0]], masks[at[0] * stride], False, &row)
             if step != STEP_DONE:
                 break
             vcpu.kinds[row.kind] += 1

@@ -1,6 +1,7 @@
 # The state of one NestedVM, and its locks. No Python objects below this line of the house.
 
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
@@ -29,6 +30,8 @@ cdef enum:
     NO_CONTEXT = 0xFFFFFFFFu
     ACTIVE_RANGES = 64          # invalidations that may work in chunks at once
     CHANGES_KEPT = 64           # host changes that a populate in flight can be checked against
+    LEAF_TABLES = 2048          # leaf tables of each kind that a vCPU remembers
+    EPOCH_MASK = 0x1FFFFF       # below the span of any leaf table
 
 ctypedef enum teardown_t:
     TEARDOWN_REVERSE_MAP
@@ -94,6 +97,34 @@ ctypedef struct combine_memo_t:
     uint64_t host               # 0: nothing is remembered
     combined_t leaf             # its descriptor without an address
 
+# A leaf table of L1's that was walked: the input address that it starts at with the vCPU's epoch in its low bits.
+ctypedef struct guest_table_t:
+    uint64_t key
+    const uint64_t *words
+
+# What the last fault looked like that was served without ado, and where leaf tables are: plainfault.pxd.
+ctypedef struct plain_t:
+    uint64_t epoch              # raised when L1's tables must be forgotten
+    uint64_t guest_mask         # what a descriptor of L1's must say, but for the address,
+    uint64_t guest_says
+    uint64_t guest_oa
+    uint64_t host_says          # and one of the host's
+    uint64_t leaf               # the shadow leaf then, without an address
+    uint64_t leaf_size
+    uint8_t guest_shift         # of the leaves' sizes
+    uint8_t host_shift
+    uint8_t shadow_shift
+    uint8_t guest_span          # of the tables that hold them
+    uint8_t host_span
+    uint8_t shadow_span
+    uint8_t perm
+    int8_t guest_level
+    int8_t host_level
+    int8_t shadow_level
+    guest_table_t guest[LEAF_TABLES]        # by input address, modulo
+    uint32_t shadow[LEAF_TABLES]            # table pages: hints, that the page's own account must bear out
+    uint32_t host[LEAF_TABLES]
+
 ctypedef struct vcpu_t:
     s2_config_t config
     mem_view_t view
@@ -101,6 +132,7 @@ ctypedef struct vcpu_t:
     table_path_t shadow_path
     table_path_t canonical_path
     combine_memo_t memo
+    plain_t plain
     uint64_t vttbr              # last loaded: what a TLBI acts under unless told otherwise
     uint64_t vtcr
     uint64_t hcr
@@ -160,6 +192,9 @@ ctypedef struct vm_t:
 
 cdef inline void forget_guest_path(vcpu_t *vcpu) noexcept nogil:
     vcpu.guest_path.level = vcpu.config.start_level
+    vcpu.plain.epoch += 1
+    if not vcpu.plain.epoch & EPOCH_MASK:   # the oldest would look like new ones
+        memset(vcpu.plain.guest, 0xFF, sizeof(vcpu.plain.guest))
 
 
 cdef inline void forget_ways(vcpu_t *vcpu) noexcept nogil:
@@ -167,6 +202,7 @@ cdef inline void forget_ways(vcpu_t *vcpu) noexcept nogil:
     forget_guest_path(vcpu)
     forget_path(&vcpu.shadow_path)
     vcpu.memo.host = 0
+    vcpu.plain.perm = 0
 
 
 cdef inline uint64_t kernel_steps_per_context(const vm_t *vm) noexcept nogil:
