@@ -27,7 +27,8 @@ ctypedef struct s2_config_t:
     oa_format_t oa
     uint64_t output_mask        # the output addresses that PS and the features allow
     uint64_t plain_mask         # bits of a descriptor that tell its type, or an address out of range or not in place
-    uint64_t entry_mask         # of an entry's place in a table below the start, in bytes
+    uint64_t index_mask         # of an entry in a table below the start,
+    uint64_t entry_mask         # the same in bytes
     uint64_t leaf_mask          # plain_mask, AF and the contiguous bit
     uint64_t perm_mask          # of XN << 2 | S2AP: the bits that count
     uint64_t sh_mask            # SH[1:0] in a leaf, or 0 where SH0 is implied,

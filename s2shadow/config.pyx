@@ -144,6 +144,7 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     oa_format_init(&config.oa, config.granule_bits, config.ds or lpa)
     config.plain_mask = 3 | config.oa.high_mask | config.oa.mask & ~config.output_mask
     config.leaf_mask = config.plain_mask | DESC_AF | DESC_CONTIGUOUS
+    config.index_mask = (<uint64_t>1 << (config.granule_bits - 3)) - 1
     config.stride = config.granule_bits - 3
     config.entry_mask = (<uint64_t>1 << config.granule_bits) - 8
     for level in range(5):

@@ -44,16 +44,16 @@ ctypedef struct walk_path_t:
     int8_t level                # the deepest table that is known; the start level: none
 
 cdef enum:
-    WALKS_AHEAD = 32            # walks side by side: more than a core can have lines on their way
+    WALKS_TOGETHER = 64         # a core has fewer lines on their way; more only wait less often for the first
 
-# Walks that are at their last descriptor, as far as could be seen.
-ctypedef struct walks_ahead_t:
-    const uint64_t *entries[WALKS_AHEAD]        # in the host's memory; of a walk that has none, a zero
-    uint64_t addresses[WALKS_AHEAD]
-    int8_t levels[WALKS_AHEAD]
+# Walks side by side: the entries that they are at.
+ctypedef struct walks_t:
+    const uint64_t *entries[WALKS_TOGETHER]     # in the host's memory; of a walk that found none, a zero
+    uint64_t addresses[WALKS_TOGETHER]
+    int8_t levels[WALKS_TOGETHER]
 
 cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
-                     walks_ahead_t *ahead) noexcept nogil
+                     walks_t *walks) noexcept nogil
 cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, const uint8_t *masks,
                    int64_t stride, bint update, walk_t *out, int64_t n) noexcept nogil
 cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_path_t *path, uint64_t ipa,

@@ -409,63 +409,82 @@ cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_pat
         walk_by_steps(view, config, ipa, access, True, out)
 
 
+cdef inline void go_on(mem_view_t *view, int level, uint64_t address, int64_t i, walks_t *walks) noexcept nogil:
+    """Take walk ``i`` to the entry at ``address``, if that is in RAM."""
+    cdef const region_t *region = &view.tables[level + 1]
+    cdef uint64_t offset = address - region.start
+    if offset >= region.size:
+        if find_tables(view, level, address) == NULL:
+            return
+        offset = address - region.start
+    walks.addresses[i] = address
+    walks.entries[i] = <const uint64_t *>(region.host + offset)
+    walks.levels[i] = <int8_t>level
+    prefetch(walks.entries[i])
+
+
 cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
-                     walks_ahead_t *ahead) noexcept nogil:
+                     walks_t *walks) noexcept nogil:
     """Take walks through all tables but the last descriptor, side by side: while one waits for memory, others go on,
-    and each finds its line fetched when it is its turn again. What a walk stops at is left where it is: an entry that
-    the walk proper, which reads it anew, decides about."""
+    and each finds its line fetched when it is its turn again. What a walk stops at is left where it is: the walk
+    proper, which reads it anew, decides about it."""
     cdef int level = config.start_level, shift = config.start_shift - 3
-    cdef const region_t *region
-    cdef uint64_t address, desc
+    cdef uint64_t desc
     cdef int64_t i
     for i in range(n):
-        ahead.entries[i] = &NO_ENTRY
-        ahead.levels[i] = <int8_t>level
+        walks.entries[i] = &NO_ENTRY
+        walks.levels[i] = <int8_t>level
         if not ipas[i] >> config.ia_bits:
-            enter_ahead(view, level, config.base + (ipas[i] >> shift & ~<uint64_t>7), i, ahead)
+            go_on(view, level, config.base + (ipas[i] >> shift & ~<uint64_t>7), i, walks)
     while level < FINAL_LEVEL:
-        level += 1
         shift -= config.stride
         for i in range(n):
-            desc = load64(ahead.entries[i])
-            if ahead.levels[i] == level - 1 and plain_table(config, desc):
-                enter_ahead(view, level, entry_in(config, desc, ipas[i], shift), i, ahead)
-
-
-cdef inline void enter_ahead(mem_view_t *view, int level, uint64_t address, int64_t i,
-                             walks_ahead_t *ahead) noexcept nogil:
-    """Go on to the entry at ``address``, if that is in RAM."""
-    cdef const region_t *region = find_tables(view, level, address)
-    if region != NULL:
-        ahead.addresses[i] = address
-        ahead.entries[i] = <const uint64_t *>(region.host + (address - region.start))
-        ahead.levels[i] = <int8_t>level
-        prefetch(ahead.entries[i])
+            desc = load64(walks.entries[i])
+            if walks.levels[i] == level and plain_table(config, desc):
+                go_on(view, level + 1, entry_in(config, desc, ipas[i], shift), i, walks)
+        level += 1
 
 
 cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, const uint8_t *masks,
                    int64_t stride, bint update, walk_t *out, int64_t n) noexcept nogil:
-    """Many walks, each as ``walk_stage2`` would have it after the one before: only the tables are read ahead, and what
-    walks write there (AF, dirty state) changes no table descriptor."""
-    cdef walks_ahead_t ahead
+    """Many walks, each as ``walk_stage2`` would have it after the one before: only tables are read ahead, and what
+    walks write (AF, dirty state) changes no table descriptor. A leaf that differs from the last one in nothing but its
+    address is described likewise."""
+    cdef walks_t walks
     cdef walk_t row                         # not the user's array, which another thread may write
-    cdef bint plain = False
+    cdef uint64_t attributes = 0, desc, ipa, span = 0, head = 0
     cdef int64_t first = 0, last, i
-    cdef uint8_t access
+    cdef uint8_t access, same_access = 0
+    cdef int8_t same_level = 0
+    cdef bint together = config.plain and n > 1
     while first < n:
-        last = first + WALKS_AHEAD if n - first > WALKS_AHEAD else n
-        if config.walkable and not config.big_endian and last - first > 1:
-            look_ahead(view, config, ipas + first, last - first, &ahead)
-            plain = config.plain
+        last = first + WALKS_TOGETHER if n - first > WALKS_TOGETHER else n
+        if together:
+            look_ahead(view, config, ipas + first, last - first, &walks)
         for i in range(last - first):
             access = masks[(first + i) * stride]
-            if not (plain and plain_leaf(config, ipas[first + i], load64(ahead.entries[i]), ahead.addresses[i],
-                                         ahead.levels[i], config.shifts[ahead.levels[i] + 1], access,
-                                         out + first + i)):
-                walk_stage2(view, config, ipas[first + i], access, update, &row)
-                out[first + i] = row
+            ipa = ipas[first + i]
+            if together:
+                desc = load64(walks.entries[i])
+                if desc & ~config.oa.mask == attributes and walks.levels[i] == same_level and access == same_access:
+                    memcpy(out + first + i, &head, sizeof(head))
+                    out[first + i].pa = ((desc & config.oa.mask ^ ipa) & -span) ^ ipa
+                    out[first + i].size = span
+                    out[first + i].desc = desc
+                    out[first + i].desc_addr = walks.addresses[i]
+                    continue
+                if plain_leaf(config, ipa, desc, walks.addresses[i], walks.levels[i],
+                              config.shifts[walks.levels[i] + 1], access, &row):
+                    attributes = desc & ~config.oa.mask
+                    same_level = walks.levels[i]
+                    same_access = access
+                    span = row.size
+                    memcpy(&head, &row, sizeof(head))
+                    out[first + i] = row
+                    continue
+            walk_stage2(view, config, ipa, access, update, &row)
+            out[first + i] = row
         first = last
-        plain = False
 
 
 cdef class Walk:
