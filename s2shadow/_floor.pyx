@@ -15,6 +15,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from s2shadow.arch cimport OA_48, level_span
+from s2shadow.atomics cimport prefetch
 from s2shadow.config cimport Stage2Config
 from s2shadow.fault cimport fault_run
 from s2shadow.host cimport change_t, host_unmap, remove_host_leaf, whole_leaf
@@ -44,12 +45,10 @@ cdef extern from *:
     #endif
         return p;
     }
-    static inline void s2_prefetch(const void *p) { __builtin_prefetch(p); }
     """
     uint64_t now_ns "s2_now_ns"() noexcept nogil
     void keep "s2_keep"(uint64_t value) noexcept nogil
     void *huge_alloc "s2_huge"(size_t size) noexcept nogil        # zeroed, on large pages where there are any
-    void prefetch "s2_prefetch"(const void *address) noexcept nogil
 
 cdef enum:
     LINE_WORDS = 8              # one link per 64-byte line
@@ -297,8 +296,8 @@ cdef class LeanWalk:
         with nogil:
             began = now_ns()
             for i in range(ipas.shape[0]):
-                desc = self.guest.words[lean_find(&self.guest, ipas[i] ^ desc >> 63)] & OA_48
-                total += desc
+                desc = self.guest.words[lean_find(&self.guest, ipas[i] ^ desc >> 63)]
+                total += desc & OA_48
             keep(total)
             took = now_ns() - began
         return took / <double>ipas.shape[0], total

@@ -27,16 +27,21 @@ ctypedef struct s2_config_t:
     oa_format_t oa
     uint64_t output_mask        # the output addresses that PS and the features allow
     uint64_t plain_mask         # bits of a descriptor that tell its type, or an address out of range or not in place
-    uint64_t index_mask         # of an entry in a table below the start
+    uint64_t index_mask         # of an entry in a table below the start,
+    uint64_t entry_mask         # the same in bytes
+    uint64_t leaf_mask          # plain_mask, AF and the contiguous bit
+    uint64_t perm_mask          # of XN << 2 | S2AP: the bits that count
     uint64_t sh_mask            # SH[1:0] in a leaf, or 0 where SH0 is implied,
     uint64_t sh_implied         # which is this, in the same place
     uint64_t walk_vtcr          # the VTCR bits that change a walk, others zero: part of the context key
     uint64_t s2pir
+    int stride                  # log2 of the entries of a table
     uint16_t vmid
     uint8_t enabled             # HCR_EL2.VM or HCR_EL2.DC
     uint8_t walkable            # stage 2 is on and its configuration legal
     uint8_t plain               # and there is no rule but type, AF, output size and S2AP/XN: the walker's short way
     uint8_t granule_bits
+    uint8_t shifts[5]           # log2 of the span of an entry, by level + 1
     uint8_t start_shift         # log2 of the span of an entry of the start table
     uint8_t ia_bits
     uint8_t oa_bits

@@ -1,6 +1,8 @@
 """Stage-2 configuration as L1 programs it (spec 01, sections 1, 2 and 4)."""
 
-from s2shadow.arch cimport FSC_ADDRESS_SIZE, FSC_TRANSLATION, largest_leaf_level, level_shift, oa_format_init
+from s2shadow.arch cimport (
+    DESC_AF, DESC_CONTIGUOUS, FSC_ADDRESS_SIZE, FSC_TRANSLATION, largest_leaf_level, level_shift, oa_format_init,
+)
 from s2shadow.arguments cimport as_u64
 from s2shadow.constants import HCR_VM, size_text
 from s2shadow.features import Features
@@ -109,7 +111,7 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     """Fill ``config``. Never fails: an illegal configuration becomes the fault of its every walk."""
     cdef uint64_t t0sz = field(vtcr, 0, 6)
     cdef uint64_t ps = field(vtcr, 16, 3)
-    cdef int oa_cap, start, shift, table_bits
+    cdef int oa_cap, start, shift, table_bits, level
     cdef bint wide_base, lpa
 
     config.enabled = (hcr & 1) != 0 or (hcr >> 12 & 1) != 0
@@ -141,7 +143,13 @@ cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtc
     config.output_mask = (<uint64_t>1 << config.oa_bits) - 1
     oa_format_init(&config.oa, config.granule_bits, config.ds or lpa)
     config.plain_mask = 3 | config.oa.high_mask | config.oa.mask & ~config.output_mask
+    config.leaf_mask = config.plain_mask | DESC_AF | DESC_CONTIGUOUS
     config.index_mask = (<uint64_t>1 << (config.granule_bits - 3)) - 1
+    config.stride = config.granule_bits - 3
+    config.entry_mask = (<uint64_t>1 << config.granule_bits) - 8
+    for level in range(5):
+        config.shifts[level] = <uint8_t>level_shift(config.granule_bits, level - 1)
+    config.perm_mask = 0xF if config.xnx else 0xB
     config.sh_mask = 0 if config.oa.implies_sh else 0x300
     config.sh_implied = <uint64_t>config.sh0 << 8 if config.oa.implies_sh else 0
 

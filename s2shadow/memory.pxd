@@ -21,7 +21,7 @@ ctypedef struct region_map_t:
 ctypedef struct mem_view_t:
     const region_map_t *map
     uint64_t epoch
-    region_t tables             # that of the last descriptor; size 0 where there is none, or no RAM
+    region_t tables[5]          # that of the last descriptor of each level, by level + 1; size 0: none, or no RAM
     region_t output             # that of the last output address
 
 ctypedef enum cas_result_t:
@@ -39,33 +39,33 @@ cdef inline const region_t *find_region(mem_view_t *view, uint64_t address) noex
     return search_region(view, address, &view.output)
 
 
-cdef inline const region_t *find_tables(mem_view_t *view, uint64_t address) noexcept nogil:
-    """The RAM region that holds a descriptor, or NULL."""
-    if address - view.tables.start < view.tables.size:
-        return &view.tables
-    if search_region(view, address, &view.tables) == NULL or view.tables.host == NULL:
-        view.tables.size = 0
+cdef inline const region_t *find_tables(mem_view_t *view, int level, uint64_t address) noexcept nogil:
+    """The RAM region that holds a descriptor of ``level``, or NULL."""
+    cdef region_t *last = &view.tables[level + 1]
+    if address - last.start < last.size:
+        return last
+    if search_region(view, address, last) == NULL or last.host == NULL:
+        last.size = 0
         return NULL
-    return &view.tables
+    return last
 
 
-cdef inline bint read_desc(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *desc) noexcept nogil:
+cdef inline bint read_desc(mem_view_t *view, int level, uint64_t address, bint big_endian,
+                           uint64_t *desc) noexcept nogil:
     """Read one descriptor (8-byte aligned); False where no RAM is."""
-    cdef uint64_t offset = address - view.tables.start
-    if offset >= view.tables.size:
-        if find_tables(view, address) == NULL:
-            return False
-        offset = address - view.tables.start
-    desc[0] = load64(<const uint64_t *>(view.tables.host + offset))
+    cdef const region_t *region = find_tables(view, level, address)
+    if region == NULL:
+        return False
+    desc[0] = load64(<const uint64_t *>(region.host + (address - region.start)))
     if big_endian:
         desc[0] = byteswap64(desc[0])
     return True
 
 
-cdef inline cas_result_t cas_desc(mem_view_t *view, uint64_t address, bint big_endian,
+cdef inline cas_result_t cas_desc(mem_view_t *view, int level, uint64_t address, bint big_endian,
                                   uint64_t *expected, uint64_t desired) noexcept nogil:
     """Swap a descriptor that still holds ``expected``; when lost, ``expected`` becomes what is there."""
-    cdef const region_t *region = find_tables(view, address)
+    cdef const region_t *region = find_tables(view, level, address)
     cdef uint64_t seen
     if region == NULL or region.readonly:
         return CAS_REFUSED

@@ -116,9 +116,6 @@ cdef class GuestMemory:
     cdef void pin(self, mem_view_t *view) noexcept:
         """Start using the current map from a thread without the GIL; pair with ``unpin``."""
         fetch_add32(&self.users, 1)
-        view.epoch = 0
-        view.tables.size = 0
-        view.output.size = 0
         view.map = NULL
         self.refresh(view)
 
@@ -128,10 +125,12 @@ cdef class GuestMemory:
     cdef bint refresh(self, mem_view_t *view) noexcept nogil:
         """Take over a newer map; False if there is none. Regions only come while a user is there: hits stay right."""
         cdef uint64_t epoch = load64(&self.epoch)
+        cdef int level
         if view.map == NULL or view.epoch != epoch:
             view.map = <const region_map_t *>load_pointer(<void *const *>&self.map)
             view.epoch = epoch
-            view.tables.size = 0
+            for level in range(5):
+                view.tables[level].size = 0
             view.output.size = 0
             return True
         return False

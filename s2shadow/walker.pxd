@@ -1,6 +1,6 @@
 # One stage-2 translation of L1's tables: (memory, config, ipa, access) -> walk_t. No engine state.
 
-from libc.stdint cimport int8_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, int8_t, uint8_t, uint64_t
 
 from s2shadow.config cimport s2_config_t
 from s2shadow.memory cimport mem_view_t
@@ -43,6 +43,19 @@ ctypedef struct walk_path_t:
     uint64_t entries[5]         # address of the entry that was read at each level, by level + 1
     int8_t level                # the deepest table that is known; the start level: none
 
+cdef enum:
+    WALKS_TOGETHER = 64         # a core has fewer lines on their way; more only wait less often for the first
+
+# Walks side by side: the entries that they are at.
+ctypedef struct walks_t:
+    const uint64_t *entries[WALKS_TOGETHER]     # in the host's memory; of a walk that found none, a zero
+    uint64_t addresses[WALKS_TOGETHER]
+    int8_t levels[WALKS_TOGETHER]
+
+cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
+                     walks_t *walks) noexcept nogil
+cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, const uint8_t *masks,
+                   int64_t stride, bint update, walk_t *out, int64_t n) noexcept nogil
 cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_path_t *path, uint64_t ipa,
                            uint8_t access, walk_t *out) noexcept nogil
 cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,

@@ -9,16 +9,18 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
-    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_CONTIGUOUS, DESC_DBM, DESC_MEMATTR_SHIFT, DESC_NT, DESC_S2AP_W,
-    DESC_TABLE, DESC_VALID, FINAL_LEVEL, FSC_ACCESS_FLAG, FSC_ADDRESS_SIZE, FSC_PERMISSION, FSC_TRANSLATION,
-    FSC_WALK_ABORT, LEVEL_STAGE2_OFF, PERM_ALL, base_perm, base_perm_code, byteswap64, contiguous_bits, decode_oa,
-    decode_sh, fault_code, level_shift, memattr_is_device, mostly_read_only, required_perm,
-    s2ap_xn_to_perm,
+    ACCESS_PTW, ACCESS_WRITE, DESC_AF, DESC_CONTIGUOUS, DESC_DBM, DESC_MEMATTR_SHIFT, DESC_NT, DESC_S2AP_SHIFT,
+    DESC_S2AP_W, DESC_TABLE, DESC_VALID, DESC_XN_SHIFT, FINAL_LEVEL, FSC_ACCESS_FLAG, FSC_ADDRESS_SIZE,
+    FSC_PERMISSION, FSC_TRANSLATION, FSC_WALK_ABORT, LEVEL_STAGE2_OFF, PERM_ALL, PERM_OF_XN_S2AP, base_perm,
+    base_perm_code, byteswap64, contiguous_bits, decode_oa, decode_sh, fault_code, level_shift, memattr_is_device,
+    mostly_read_only, required_perm, s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
-from s2shadow.atomics cimport load64
+from s2shadow.atomics cimport load64, prefetch
 from s2shadow.config cimport Stage2Config, fault_text
-from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
+from s2shadow.memory cimport (
+    CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, find_tables, mem_view_t, read_desc, region_t,
+)
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
 
@@ -43,6 +45,7 @@ assert WALK_DTYPE.itemsize == sizeof(walk_t) and LEAF_DTYPE.itemsize == sizeof(l
 
 cdef enum:
     SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
+    UPDATE = 0x80                       # beside an access: AF and dirty state are written
 
 
 cdef inline void fail(walk_t *out, int base, int level) noexcept nogil:
@@ -240,11 +243,11 @@ cdef inline request_t answer_from(mem_view_t *view, const s2_config_t *config, w
     cdef uint64_t desc = 0
     cdef cas_result_t swapped
     if request == WALK_READ:
-        if not read_desc(view, state.address, config.big_endian, &desc):
+        if not read_desc(view, state.level, state.address, config.big_endian, &desc):
             return walk_abort(state, request, out)
         return walk_take(config, state, desc, out)
     desc = state.expected
-    swapped = cas_desc(view, state.address, config.big_endian, &desc, state.desired)
+    swapped = cas_desc(view, state.level, state.address, config.big_endian, &desc, state.desired)
     if swapped == CAS_REFUSED:
         return walk_abort(state, request, out)
     return walk_swapped(config, state, desc, out)
@@ -262,53 +265,117 @@ cdef void walk_by_steps(mem_view_t *view, const s2_config_t *config, uint64_t ip
 cdef extern from *:
     """
     /* the first eight bytes of a walk_t in one store; ``sh`` stands where a descriptor has it */
+    #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    #define s2_fill_leaf(w, level, perm, desc, sh) do { \\
+        uint64_t head_ = (uint64_t)(uint8_t)(level) << 16 | (uint64_t)(perm) << 24 | ((desc) & 0x3C) << 30 | (sh) << 32; \\
+        __builtin_memcpy((w), &head_, 8); } while (0)
+    #else
     #define s2_fill_leaf(w, level, perm, desc, sh) do { \\
         struct { uint8_t status, fsc; int8_t lvl; uint8_t prm, mem, s, c, u; } head_ = { \\
             0, 0, (int8_t)(level), (perm), (uint8_t)((desc) >> 2 & 0xF), (uint8_t)((sh) >> 8), 0, 0 }; \\
         __builtin_memcpy((w), &head_, 8); } while (0)
+    #endif
+    /* what plain walks need of a leaf: NEED_OF_ACCESS, and for walks of stage 1 what no leaf has */
+    static const uint8_t s2_plain_need[32] = { 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 32, 33, 34, 35,
+        128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128, 128 };
+    static const uint64_t s2_no_entry = 0;
     """
     void fill_leaf "s2_fill_leaf"(walk_t *out, int level, uint8_t perm, uint64_t desc, uint64_t sh) noexcept nogil
+    const uint8_t *PLAIN_NEED "s2_plain_need"
+    const uint64_t NO_ENTRY "s2_no_entry"
+
+# How a plain walk ended.
+ctypedef enum plain_t:
+    PLAIN_DONE
+    PLAIN_NOT                   # the state machine decides
+    PLAIN_ELSEWHERE             # at a table outside the region of the last one of that level
 
 
-cdef inline bint walk_plainly(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint64_t address, int level,
-                              int shift, uint8_t access, walk_path_t *path, walk_t *out) noexcept nogil:
-    """The walk that most are, from the descriptor at ``address`` on: tables in the region of the last one, a leaf in
-    order that allows the access as it is. False for any other: the state machine decides those. No calls from here:
-    they would cost the registers. ``path``, if any, learns the way."""
-    cdef uint64_t desc, offset, kind
+cdef inline bint plain_leaf(const s2_config_t *config, uint64_t ipa, uint64_t desc, uint64_t address, int level,
+                            int shift, uint8_t access, walk_t *out) noexcept nogil:
+    """Describe a leaf in order that allows the access as it is; False for anything else."""
+    cdef uint64_t index, span = <uint64_t>1 << shift
     cdef uint8_t perm
-    while True:
-        offset = address - view.tables.start
-        if offset >= view.tables.size:
+    if level == FINAL_LEVEL:
+        if desc & config.leaf_mask != DESC_AF | DESC_TABLE | DESC_VALID:
             return False
-        desc = load64(<const uint64_t *>(view.tables.host + offset))
-        kind = desc & config.plain_mask
-        if kind != 3 or level == FINAL_LEVEL:
-            break
-        level += 1
-        shift -= config.granule_bits - 3
-        address = (desc & config.oa.mask) + ((ipa >> shift & config.index_mask) << 3)
-        if path != NULL:
-            path.entries[level + 1] = address
-    if kind != <uint64_t>(3 if level == FINAL_LEVEL else 1) or level < config.block_level:
+    elif level < config.block_level or desc & config.leaf_mask != DESC_AF | DESC_VALID:
         return False
-    perm = s2ap_xn_to_perm(desc, config.xnx)
-    if desc & (DESC_AF | DESC_CONTIGUOUS) != DESC_AF or access & ACCESS_PTW or required_perm(access) & ~perm:
+    index = (desc >> DESC_S2AP_SHIFT & 3 | desc >> (DESC_XN_SHIFT - 2) & 0xC) & config.perm_mask
+    perm = PERM_OF_XN_S2AP[index]
+    if PLAIN_NEED[access & 31] & ~perm:
         return False
     fill_leaf(out, level, perm, desc, desc & config.sh_mask | config.sh_implied)
-    out.size = <uint64_t>1 << shift
-    out.pa = (desc & config.oa.mask & ~(out.size - 1)) | (ipa & (out.size - 1))
+    out.size = span
+    out.pa = ((desc & config.oa.mask ^ ipa) & -span) ^ ipa
     out.desc = desc
     out.desc_addr = address
     return True
 
 
+cdef inline uint64_t entry_in(const s2_config_t *config, uint64_t table, uint64_t ipa, int shift) noexcept nogil:
+    """Address of the entry for ``ipa`` in the table that a descriptor names; ``shift``: log2 of an entry's span, less
+    the 3 of an entry's own size."""
+    return (table & config.oa.mask) + (ipa >> shift & config.entry_mask)
+
+
+cdef inline bint plain_table(const s2_config_t *config, uint64_t desc) noexcept nogil:
+    """Whether a descriptor above the last level is that of a table in reach."""
+    return not (desc ^ (DESC_TABLE | DESC_VALID)) & config.plain_mask
+
+
+cdef inline plain_t walk_plainly(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint64_t address, int level,
+                                 int shift, uint8_t access, walk_path_t *path, walk_t *out) noexcept nogil:
+    """The walk that most are, from the descriptor at ``address`` on. ``path``, if any, learns the way. No calls from
+    here: they would cost the registers. PLAIN_ELSEWHERE leaves in ``out`` how far it got: level and desc_addr."""
+    cdef const region_t *region = &view.tables[level + 1]
+    cdef uint64_t desc, offset
+    shift -= 3
+    while True:
+        offset = address - region.start
+        if offset >= region.size:
+            out.level = <int8_t>level
+            out.desc_addr = address
+            return PLAIN_ELSEWHERE
+        desc = load64(<const uint64_t *>(region.host + offset))
+        if level == FINAL_LEVEL or not plain_table(config, desc):
+            break
+        level += 1
+        region += 1
+        shift -= config.stride
+        address = entry_in(config, desc, ipa, shift)
+        if path != NULL:
+            path.entries[level + 1] = address
+    return PLAIN_DONE if plain_leaf(config, ipa, desc, address, level, shift + 3, access, out) else PLAIN_NOT
+
+
+cdef void walk_elsewhere(mem_view_t *view, const s2_config_t *config, walk_path_t *path, uint64_t ipa, uint8_t how,
+                         walk_t *out) noexcept nogil:
+    """Go on where ``walk_plainly`` was elsewhere. ``how``: the access, and UPDATE."""
+    cdef uint8_t access = how & ~UPDATE
+    cdef plain_t ended = PLAIN_ELSEWHERE
+    while ended == PLAIN_ELSEWHERE and find_tables(view, out.level, out.desc_addr) != NULL:
+        ended = walk_plainly(view, config, ipa, out.desc_addr, out.level, config.shifts[out.level + 1], access, path,
+                             out)
+    if ended != PLAIN_DONE:
+        walk_by_steps(view, config, ipa, access, how & UPDATE, out)
+    elif path != NULL:
+        path.ipa = ipa
+        path.level = out.level
+
+
 cdef void walk_stage2(mem_view_t *view, const s2_config_t *config, uint64_t ipa, uint8_t access,
                       bint update, walk_t *out) noexcept nogil:
-    """Translate ``ipa``; see ``walk`` for what ``out`` says. ``view`` is the caller's own."""
-    if not config.plain or ipa >> config.ia_bits or not walk_plainly(
-            view, config, ipa, config.base + (ipa >> config.start_shift << 3), config.start_level, config.start_shift,
-            access, NULL, out):
+    """Translate ``ipa``; see ``walk`` for what ``out`` says. ``view`` and ``out`` are the caller's own."""
+    cdef plain_t ended = PLAIN_NOT
+    if config.plain and not ipa >> config.ia_bits:
+        ended = walk_plainly(view, config, ipa, config.base + (ipa >> config.start_shift << 3), config.start_level,
+                             config.start_shift, access, NULL, out)
+        if ended == PLAIN_DONE:
+            return
+    if ended == PLAIN_ELSEWHERE:            # nothing comes after these calls: they are jumps, and cost no registers
+        walk_elsewhere(view, config, NULL, ipa, access | UPDATE if update else access, out)
+    else:
         walk_by_steps(view, config, ipa, access, update, out)
 
 
@@ -317,26 +384,107 @@ cdef void walk_remembering(mem_view_t *view, const s2_config_t *config, walk_pat
     """``walk_stage2``, from the deepest table that it shares with the last walk: a walk cache, which whoever owns it
     must forget where the architecture says so. No fault comes from it: what does not succeed plainly is walked again
     from the root."""
-    cdef int stride = config.granule_bits - 3, level = path.level, shift
+    cdef int level = path.level, shift
     cdef uint64_t apart = ipa ^ path.ipa, address
+    cdef plain_t ended
     if not config.plain or ipa >> config.ia_bits:
         walk_by_steps(view, config, ipa, access, True, out)
         return
-    shift = level_shift(config.granule_bits, level)
-    while level > config.start_level and apart >> shift >> stride:
+    shift = config.shifts[level + 1]
+    while level > config.start_level and apart >> shift >> config.stride:
         level -= 1
-        shift += stride
+        shift += config.stride
     if level > config.start_level:
-        address = path.entries[level + 1] & ~((<uint64_t>1 << config.granule_bits) - 1)
-        address += (ipa >> shift & ((<uint64_t>1 << stride) - 1)) << 3
+        address = (path.entries[level + 1] & ~config.entry_mask) + (ipa >> (shift - 3) & config.entry_mask)
     else:
         address = config.base + (ipa >> shift << 3)
     path.level = config.start_level
-    if walk_plainly(view, config, ipa, address, level, shift, access, path, out):
+    ended = walk_plainly(view, config, ipa, address, level, shift, access, path, out)
+    if ended == PLAIN_DONE:
         path.ipa = ipa
         path.level = out.level
+    elif ended == PLAIN_ELSEWHERE:
+        walk_elsewhere(view, config, path, ipa, access | UPDATE, out)
     else:
         walk_by_steps(view, config, ipa, access, True, out)
+
+
+cdef inline void go_on(mem_view_t *view, int level, uint64_t address, int64_t i, walks_t *walks) noexcept nogil:
+    """Take walk ``i`` to the entry at ``address``, if that is in RAM."""
+    cdef const region_t *region = &view.tables[level + 1]
+    cdef uint64_t offset = address - region.start
+    if offset >= region.size:
+        if find_tables(view, level, address) == NULL:
+            return
+        offset = address - region.start
+    walks.addresses[i] = address
+    walks.entries[i] = <const uint64_t *>(region.host + offset)
+    walks.levels[i] = <int8_t>level
+    prefetch(walks.entries[i])
+
+
+cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
+                     walks_t *walks) noexcept nogil:
+    """Take walks through all tables but the last descriptor, side by side: while one waits for memory, others go on,
+    and each finds its line fetched when it is its turn again. What a walk stops at is left where it is: the walk
+    proper, which reads it anew, decides about it."""
+    cdef int level = config.start_level, shift = config.start_shift - 3
+    cdef uint64_t desc
+    cdef int64_t i
+    for i in range(n):
+        walks.entries[i] = &NO_ENTRY
+        walks.levels[i] = <int8_t>level
+        if not ipas[i] >> config.ia_bits:
+            go_on(view, level, config.base + (ipas[i] >> shift & ~<uint64_t>7), i, walks)
+    while level < FINAL_LEVEL:
+        shift -= config.stride
+        for i in range(n):
+            desc = load64(walks.entries[i])
+            if walks.levels[i] == level and plain_table(config, desc):
+                go_on(view, level + 1, entry_in(config, desc, ipas[i], shift), i, walks)
+        level += 1
+
+
+cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, const uint8_t *masks,
+                   int64_t stride, bint update, walk_t *out, int64_t n) noexcept nogil:
+    """Many walks, each as ``walk_stage2`` would have it after the one before: only tables are read ahead, and what
+    walks write (AF, dirty state) changes no table descriptor. A leaf that differs from the last one in nothing but its
+    address is described likewise."""
+    cdef walks_t walks
+    cdef walk_t row                         # not the user's array, which another thread may write
+    cdef uint64_t attributes = 0, desc, ipa, span = 0, head = 0
+    cdef int64_t first = 0, last, i
+    cdef uint8_t access, same_access = 0
+    cdef int8_t same_level = 0
+    cdef bint together = config.plain and n > 1
+    while first < n:
+        last = first + WALKS_TOGETHER if n - first > WALKS_TOGETHER else n
+        if together:
+            look_ahead(view, config, ipas + first, last - first, &walks)
+        for i in range(last - first):
+            access = masks[(first + i) * stride]
+            ipa = ipas[first + i]
+            if together:
+                desc = load64(walks.entries[i])
+                if desc & ~config.oa.mask == attributes and walks.levels[i] == same_level and access == same_access:
+                    memcpy(out + first + i, &head, sizeof(head))
+                    out[first + i].pa = ((desc & config.oa.mask ^ ipa) & -span) ^ ipa
+                    out[first + i].size = span
+                    out[first + i].desc = desc
+                    out[first + i].desc_addr = walks.addresses[i]
+                    continue
+                if plain_leaf(config, ipa, desc, walks.addresses[i], walks.levels[i],
+                              config.shifts[walks.levels[i] + 1], access, &row):
+                    attributes = desc & ~config.oa.mask
+                    same_level = walks.levels[i]
+                    same_access = access
+                    span = row.size
+                    memcpy(&head, &row, sizeof(head))
+                    out[first + i] = row
+                    continue
+            walk_stage2(view, config, ipa, access, update, &row)
+            out[first + i] = row
+        first = last
 
 
 cdef class Walk:
@@ -555,9 +703,8 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
         while at < n:
             end = min(n, at + SIGNAL_CHECK_INTERVAL)
             with nogil:
-                while at < end:
-                    walk_stage2(&view, &cfg.c, addresses[at], masks[at * stride], update, rows + at)
-                    at += 1
+                walk_run(&view, &cfg.c, &addresses[at], &masks[at * stride], stride, update, rows + at, end - at)
+            at = end
             PyErr_CheckSignals()
     finally:
         mem.unpin()
@@ -633,7 +780,7 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
         return -1
     into.budget -= entries
     for i in range(entries):
-        if not read_desc(view, table + (i << 3), config.big_endian, &desc):
+        if not read_desc(view, level, table + (i << 3), config.big_endian, &desc):
             continue                        # a large granule's table may lie in RAM only in part
         if not is_leaf_or_fault(config, desc, level, &leaf):
             continue
