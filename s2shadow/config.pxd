@@ -65,9 +65,16 @@ ctypedef struct s2_config_t:
 
 cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtcr, uint64_t hcr,
                         bint big_endian, uint64_t s2pir, s2_config_t *config) noexcept nogil
-cdef uint16_t decode_vmid(const features_t *features, uint64_t vttbr, uint64_t vtcr) noexcept nogil
 cdef int fill_features(object features, features_t *out) except -1
 cdef str fault_text(uint8_t fsc)
+
+
+cdef inline uint16_t decode_vmid(const features_t *features, uint64_t vttbr, uint64_t vtcr) noexcept nogil:
+    """VTTBR.VMID; the upper byte counts only with FEAT_VMID16 and VTCR.VS."""
+    cdef uint16_t vmid = <uint16_t>(vttbr >> 48)
+    if not (features.vmid16 and vtcr >> 19 & 1):
+        vmid &= 0xFF
+    return vmid
 
 
 cdef class Stage2Config:

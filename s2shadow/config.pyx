@@ -98,14 +98,6 @@ cdef bint t0sz_in_range(const s2_config_t *config, const features_t *features, u
     return <uint64_t>(64 - widest) <= t0sz <= <uint64_t>longest
 
 
-cdef uint16_t decode_vmid(const features_t *features, uint64_t vttbr, uint64_t vtcr) noexcept nogil:
-    """VTTBR.VMID; the upper byte counts only with FEAT_VMID16 and VTCR.VS."""
-    cdef uint16_t vmid = <uint16_t>(vttbr >> 48)
-    if not (features.vmid16 and field(vtcr, 19, 1)):
-        vmid &= 0xFF
-    return vmid
-
-
 cdef void decode_config(const features_t *features, uint64_t vttbr, uint64_t vtcr, uint64_t hcr,
                         bint big_endian, uint64_t s2pir, s2_config_t *config) noexcept nogil:
     """Fill ``config``. Never fails: an illegal configuration becomes the fault of its every walk."""

@@ -719,8 +719,8 @@ cdef class _Engine:
             contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
             table_bytes=tables, link_bytes=links,
             rmap_bytes=heads, memory_bytes=tables + links + heads,
-            tlbis={name: TlbiCounters(self.vm.tlbi_operations[i], self.vm.tlbi_contexts[i], self.vm.tlbi_removed[i],
-                                      self.vm.tlbi_required[i]) for i, name in enumerate(TLBI_CLASSES)})
+            tlbis={name: TlbiCounters(self.vm.tlbis[i].operations, self.vm.tlbis[i].contexts, self.vm.tlbis[i].removed,
+                                      self.vm.tlbis[i].required) for i, name in enumerate(TLBI_CLASSES)})
 
     def tlbi_many(self, ops):
         cdef tlbi_op_t found

@@ -2,7 +2,12 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from s2shadow.vm cimport context_t, vm_t
+from s2shadow.arch cimport level_shift
+from s2shadow.atomics cimport load64
+from s2shadow.intervals cimport intervals_empty
+from s2shadow.owed cimport owe_leaf
+from s2shadow.table cimport leaf_removed, page_of, page_t
+from s2shadow.vm cimport context_t, read_tag, vm_t
 
 ctypedef enum leaf_op_t:
     OP_DROP
@@ -43,5 +48,28 @@ cdef uint64_t drop_everything(vm_t *vm) noexcept nogil
 cdef void mark_young(uint8_t *bitmap, int page_bits, uint64_t origin, uint64_t start, uint64_t end) noexcept nogil
 cdef bint shadow_cipa(const vm_t *vm, uint32_t slot, uint64_t *cipa) noexcept nogil
 cdef uint64_t find_cipa(vm_t *vm, uint32_t slot) noexcept nogil
-cdef bint is_empty(const vm_t *vm, const context_t *context) noexcept nogil
 cdef bint evict(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil
+
+
+cdef inline void clear_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
+    """Remove a live leaf that is on no list any more from its table and the counts."""
+    cdef uint32_t page = page_of(&vm.arena, slot), index = slot & ((<uint32_t>1 << vm.arena.slot_bits) - 1)
+    cdef page_t *meta = &vm.arena.pages[page]
+    cdef uint32_t context = meta.context
+    cdef int level = meta.level, shift = level_shift(vm.arena.granule_bits, level)
+    cdef uint64_t desc = load64(vm.arena.words + slot), ipa = meta.ipa + (<uint64_t>index << shift)
+    cdef bint table_freed = leaf_removed(&vm.arena, slot, <int>read_tag(desc))
+    owe_leaf(&vm.owed, context, ipa, ipa + (<uint64_t>1 << shift), level, table_freed)
+    vm.removed += 1
+
+
+cdef inline bint is_empty(const vm_t *vm, const context_t *context) noexcept nogil:
+    """Whether a context has neither leaves nor ranges, of which UNKNOWN ones may outlive their leaves."""
+    cdef const page_t *page = &vm.arena.pages[context.shadow.root]
+    cdef uint32_t i
+    if context.intervals != NULL and not intervals_empty(context.intervals):
+        return False
+    for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
+        if page[i].live:
+            return False
+    return True

@@ -9,7 +9,7 @@ from s2shadow.arch cimport (
 )
 from s2shadow.atomics cimport fetch_ahead, load32, load64, store32, store64
 from s2shadow.intervals cimport (
-    UNKNOWN_IPA, interval_t, intervals_empty, intervals_find, intervals_lose, intervals_remove, intervals_reset,
+    UNKNOWN_IPA, interval_t, intervals_find, intervals_lose, intervals_remove, intervals_reset,
 )
 from s2shadow.owed cimport owe_context, owe_leaf
 from s2shadow.rmap cimport (
@@ -17,7 +17,7 @@ from s2shadow.rmap cimport (
     pin_node, rmap_is_empty, rmap_mark, rmap_unlink, unpin_node,
 )
 from s2shadow.table cimport (
-    CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaf_removed, leaves_removed, page_of, page_t,
+    CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaves_removed, page_of, page_t,
     pin_page, slot_ipa, table_find, unpin_page,
 )
 from s2shadow.vm cimport (
@@ -64,18 +64,6 @@ cdef uint64_t find_cipa(vm_t *vm, uint32_t slot) noexcept nogil:
 
 cdef inline int leaf_level(const vm_t *vm, uint32_t slot) noexcept nogil:
     return vm.arena.pages[page_of(&vm.arena, slot)].level
-
-
-cdef inline void clear_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
-    """Remove a live leaf that is on no list any more from its table and the counts."""
-    cdef uint32_t page = page_of(&vm.arena, slot), index = slot & ((<uint32_t>1 << vm.arena.slot_bits) - 1)
-    cdef page_t *meta = &vm.arena.pages[page]
-    cdef uint32_t context = meta.context
-    cdef int level = meta.level, shift = level_shift(vm.arena.granule_bits, level)
-    cdef uint64_t desc = load64(vm.arena.words + slot), ipa = meta.ipa + (<uint64_t>index << shift)
-    cdef bint table_freed = leaf_removed(&vm.arena, slot, <int>read_tag(desc))
-    owe_leaf(&vm.owed, context, ipa, ipa + (<uint64_t>1 << shift), level, table_freed)
-    vm.removed += 1
 
 
 cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
@@ -375,17 +363,6 @@ cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept n
     cdef uint32_t i
     for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
         if not visit_page(vm, context.shadow.root + i, visit):
-            return False
-    return True
-
-
-cdef bint is_empty(const vm_t *vm, const context_t *context) noexcept nogil:
-    """Whether a context has neither leaves nor ranges, of which UNKNOWN ones may outlive their leaves."""
-    cdef uint32_t i
-    if not intervals_empty(context.intervals):
-        return False
-    for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
-        if vm.arena.pages[context.shadow.root + i].live:
             return False
     return True
 

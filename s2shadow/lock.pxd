@@ -19,7 +19,7 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
     #endif
-    enum { S2_READER_LINES = 8, S2_FREE = 0, S2_TAKEN = 1, S2_WANTED = 2 };
+    enum { S2_READER_LINES = 4, S2_FREE = 0, S2_TAKEN = 1, S2_WANTED = 2 };
     typedef struct { uint32_t inside; uint8_t pad[124]; } s2_reader_t;   /* a pair of lines: they are fetched in pairs */
     typedef struct {
         uint32_t turn;                  /* not free for the whole of an exclusive section */
@@ -80,7 +80,7 @@ cdef extern from *:
     {
         uint32_t inside = 0;
         s2_take_turn(l);
-    #pragma GCC unroll 8
+    #pragma GCC unroll 4
         for (int i = 0; i < S2_READER_LINES; i++) inside |= __atomic_load_n(&l->readers[i].inside, __ATOMIC_SEQ_CST);
         if (__builtin_expect(inside != 0, 0)) s2_await_readers(l);
     }

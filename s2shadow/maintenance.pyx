@@ -11,24 +11,25 @@ a size that is guessed where no TTL is given; whole aligned blocks whatever leve
 from libc.stdint cimport uint8_t
 from libc.string cimport memset
 
-from s2shadow.arch cimport DESC_VALID, LEVEL_STAGE2_OFF, level_shift, level_span
+from s2shadow.arch cimport DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport decode_vmid
 from s2shadow.intervals cimport intervals_lose, intervals_reset
-from s2shadow.leaf cimport OP_DROP, drop_leaf, is_empty, visit_context, visit_init, visit_t
+from s2shadow.leaf cimport OP_DROP, clear_leaf, drop_leaf, is_empty, visit_context, visit_init, visit_t
 from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
 from s2shadow.owed cimport (
     CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
     owed_begin, owed_end,
 )
-from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, table_find
+from s2shadow.rmap cimport rmap_unlink
+from s2shadow.table cimport child_page, held_tags, is_page_of, is_table, lowest_bit, page_t, table_find
 from s2shadow.tlbi cimport (
     NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
     tlbi_decode, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
-    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, context_t, forget_guest_path,
-    kernel_steps_per_context, read_tag, tlbi_class_t,
+    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, LEAF_TABLES, TEARDOWN_REVERSE_MAP,
+    context_t, forget_guest_path, kernel_steps_per_context, read_tag, tlbi_class_t, tlbi_counts_t,
 )
 
 cdef enum:
@@ -76,6 +77,16 @@ cdef inline int tag_shift(const context_t *context, int tag) noexcept nogil:
     return level_shift(context.config.granule_bits, tag + LEVEL_STAGE2_OFF)
 
 
+cdef inline bint find_leaf_table(const vm_t *vm, const context_t *context, uint64_t ipa, uint32_t *slot) noexcept nogil:
+    """The last-level slot for ``ipa``, if its table is remembered."""
+    cdef int bits = vm.arena.slot_bits, span = vm.arena.granule_bits + bits
+    cdef uint32_t page = context.leaf_tables[ipa >> span & (LEAF_TABLES - 1)]
+    if not is_page_of(&vm.arena.pages[page], ipa >> span << span, context.shadow.context, FINAL_LEVEL):
+        return False
+    slot[0] = page << bits | (<uint32_t>(ipa >> vm.arena.granule_bits) & ((<uint32_t>1 << bits) - 1))
+    return True
+
+
 cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t tags,
                             tlbi_result_t *result) noexcept nogil:
     """Drop the shadow leaf over ``ipa`` if it has one of the guest levels and L1's block is no larger than the entry
@@ -86,6 +97,9 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
     cdef uint64_t desc
     cdef uint8_t larger = 0
     slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
+    if largest <= vm.arena.granule_bits and find_leaf_table(vm, context, ipa, &slot):
+        level = FINAL_LEVEL
+        shift = vm.arena.granule_bits
     while True:
         while largest > shift:
             larger |= tags & -tags
@@ -100,7 +114,11 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
         shift -= vm.arena.slot_bits
         slot = child_page(&vm.arena, desc) << vm.arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
     if desc & DESC_VALID and tags >> read_tag(desc) & 1:
-        drop_leaf(vm, slot)
+        if vm.teardown == TEARDOWN_REVERSE_MAP:
+            rmap_unlink(&vm.rmap, slot)
+            clear_leaf(vm, slot)
+        else:
+            drop_leaf(vm, slot)
         result.removed += 1
         result.required += 1
     return larger
@@ -225,15 +243,16 @@ cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_t *exact, const 
     cdef uint16_t vmid = decode_vmid(&vm.features, regs.vttbr, regs.vtcr)
     cdef context_t *context
     cdef uint32_t i
+    cdef bint all_vmids = tlbi.op.scope == SCOPE_ALL, by_ipa = tlbi.op.scope == SCOPE_IPA
     forget_guest_tables(vm, tlbi, vmid)
     for i in range(vm.contexts_used):
         context = &vm.contexts[i]
-        if not context.valid or (tlbi.op.scope != SCOPE_ALL and context.config.vmid != vmid):
+        if not context.valid or (context.config.vmid != vmid and not all_vmids):
             continue
-        if tlbi.op.scope == SCOPE_IPA and not context.config.enabled and not vm.tlbi_kvm72:
+        if by_ipa and not context.config.enabled and not vm.tlbi_kvm72:
             continue
         result.contexts += 1
-        if tlbi.op.scope != SCOPE_IPA:
+        if not by_ipa:
             if vm.tlbi_kvm72:
                 vm.kernel_steps += kernel_steps_per_context(vm)
             drop_whole(vm, i, result)
@@ -290,6 +309,7 @@ cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs
     cdef tlbi_t exact, linux
     cdef const tlbi_t *tlbi = &exact
     cdef tlbi_class_t kind
+    cdef tlbi_counts_t *counts
     cdef uint64_t machine_vtcr
     tlbi_decode(op, xt, &vm.features, regs.vtcr, False, &exact)
     if vm.tlbi_kvm72:                       # Linux cuts a range at the machine's address size
@@ -305,8 +325,9 @@ cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs
     else:
         apply_stage2(vm, tlbi, &exact, regs, result)
     owed_end(&vm.owed)
-    vm.tlbi_operations[<int>kind] += 1
-    vm.tlbi_contexts[<int>kind] += result.contexts
-    vm.tlbi_removed[<int>kind] += result.removed
-    vm.tlbi_required[<int>kind] += result.required
+    counts = &vm.tlbis[<int>kind]
+    counts.operations += 1
+    counts.contexts += result.contexts
+    counts.removed += result.removed
+    counts.required += result.required
     unlock_exclusive(&vm.lock)

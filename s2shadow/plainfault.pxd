@@ -11,12 +11,12 @@ from s2shadow.arch cimport (
     ACCESS_PTW, DESC_AF, DESC_CONTIGUOUS, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_SH_SHIFT, DESC_XN, hpfar,
     level_shift, required_perm,
 )
-from s2shadow.atomics cimport cas64, load64, peek64, store64
+from s2shadow.atomics cimport cas64, load32, load64, peek64, store32, store64
 from s2shadow.combine cimport combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
-from s2shadow.table cimport CANONICAL, DESC_LOCKED, leaf_added, page_of, page_t
+from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t
 from s2shadow.vm cimport (
     EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, fault_t, guest_table_t, plain_t, vcpu_t, vm_t,
 )
@@ -25,10 +25,6 @@ from s2shadow.walker cimport walk_t
 
 cdef inline uint64_t span_start(uint64_t address, int bits) noexcept nogil:
     return address >> bits << bits
-
-
-cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint32_t context, int level) noexcept nogil:
-    return page.ipa == ipa and page.context == context and page.level == level
 
 
 cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
@@ -44,7 +40,7 @@ cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t acc
     if access & ACCESS_PTW or not plain.perm or required_perm(access) & ~plain.perm:
         return False
     # the shadow's slot
-    page = plain.shadow[ipa >> plain.shadow_span & (LEAF_TABLES - 1)]
+    page = load32(&vm.contexts[vcpu.context].leaf_tables[ipa >> plain.shadow_span & (LEAF_TABLES - 1)])
     shadow = &vm.arena.pages[page]
     if not is_page_of(shadow, span_start(ipa, plain.shadow_span), vcpu.context, plain.shadow_level):
         return False
@@ -104,7 +100,7 @@ cdef inline void learn_tables(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t
     cdef plain_t *plain = &vcpu.plain
     cdef guest_table_t *table = &plain.guest[ipa >> plain.guest_span & (LEAF_TABLES - 1)]
     cdef uint64_t address = walked.desc_addr - ((ipa >> plain.guest_shift & vcpu.config.index_mask) << 3), offset
-    cdef const region_t *region = find_tables(&vcpu.view, walked.desc_addr)
+    cdef const region_t *region = find_tables(&vcpu.view, walked.level, walked.desc_addr)
     if region == NULL:
         return
     offset = address - region.start
@@ -112,7 +108,8 @@ cdef inline void learn_tables(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t
         table.words = <const uint64_t *>(region.host + offset)
         table.key = span_start(ipa, plain.guest_span) | plain.epoch & EPOCH_MASK
     plain.host[walked.pa >> plain.host_span & (LEAF_TABLES - 1)] = page_of(&vm.arena, host_slot)
-    plain.shadow[ipa >> plain.shadow_span & (LEAF_TABLES - 1)] = page_of(&vm.arena, slot)
+    store32(&vm.contexts[vcpu.context].leaf_tables[ipa >> plain.shadow_span & (LEAF_TABLES - 1)],
+            page_of(&vm.arena, slot))
 
 
 cdef inline void learn_plain(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t *walked, const host_leaf_t *host,

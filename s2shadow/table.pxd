@@ -105,6 +105,11 @@ cdef inline uint32_t page_of(const arena_t *arena, uint32_t slot) noexcept nogil
     return slot >> arena.slot_bits
 
 
+cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint32_t context, int level) noexcept nogil:
+    """Whether a page that was remembered still is the table of ``level`` that starts at ``ipa``."""
+    return page.ipa == ipa and page.context == context and page.level == level
+
+
 cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogil:
     cdef const page_t *page = &arena.pages[slot >> arena.slot_bits]
     cdef uint64_t index = slot & ((1 << arena.slot_bits) - 1)

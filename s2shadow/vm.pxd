@@ -30,7 +30,7 @@ cdef enum:
     NO_CONTEXT = 0xFFFFFFFFu
     ACTIVE_RANGES = 64          # invalidations that may work in chunks at once
     CHANGES_KEPT = 64           # host changes that a populate in flight can be checked against
-    LEAF_TABLES = 2048          # leaf tables of each kind that a vCPU remembers
+    LEAF_TABLES = 2048          # leaf tables of each kind that are remembered
     EPOCH_MASK = 0x1FFFFF       # below the span of any leaf table
 
 ctypedef enum teardown_t:
@@ -90,6 +90,7 @@ ctypedef struct context_t:
     uint64_t generation         # raised when the context gets another key
     uint32_t refs
     uint8_t valid
+    uint32_t leaf_tables[LEAF_TABLES]       # by input address, modulo: hints as in plain_t
 
 # The last combination: most neighbours have the same attributes. Keys pack what combine_leaves looks at.
 ctypedef struct combine_memo_t:
@@ -122,8 +123,7 @@ ctypedef struct plain_t:
     int8_t host_level
     int8_t shadow_level
     guest_table_t guest[LEAF_TABLES]        # by input address, modulo
-    uint32_t shadow[LEAF_TABLES]            # table pages: hints, that the page's own account must bear out
-    uint32_t host[LEAF_TABLES]
+    uint32_t host[LEAF_TABLES]              # table pages: hints, that the page's own account must bear out
 
 ctypedef struct vcpu_t:
     s2_config_t config
@@ -145,6 +145,12 @@ ctypedef struct vcpu_t:
     uint64_t relaxed
     uint64_t replaced
     uint8_t pad[64]             # counters of neighbours stay on lines of their own
+
+ctypedef struct tlbi_counts_t:
+    uint64_t operations
+    uint64_t contexts           # that they named
+    uint64_t removed
+    uint64_t required
 
 ctypedef struct vm_t:
     arena_t arena
@@ -183,10 +189,7 @@ ctypedef struct vm_t:
     uint64_t recycled
     uint64_t evictions
     uint64_t canonical_leaves
-    uint64_t tlbi_operations[5]         # by tlbi_class_t, as the next three
-    uint64_t tlbi_contexts[5]
-    uint64_t tlbi_removed[5]
-    uint64_t tlbi_required[5]
+    tlbi_counts_t tlbis[5]      # by tlbi_class_t
     uint32_t evict_hand
 
 
