@@ -156,6 +156,7 @@ ctypedef struct vm_t:
     uint64_t tlbi_removed[5]
     uint64_t tlbi_required[5]
     uint32_t evict_hand
+    uint64_t guest_clock        # changes with every TLBI and every change of L1's memory that is made under the lock
 
 
 cdef inline void forget_guest_path(vcpu_t *vcpu) noexcept nogil:
