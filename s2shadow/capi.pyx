@@ -13,14 +13,14 @@ walked before a TLBI is not installed after it, although the walk did not hold t
 from pathlib import Path
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdint cimport UINT64_MAX, int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from s2shadow cimport (
     S2S_ATTRIBUTES_KVM72, S2S_CAS_DONE, S2S_CAS_LOST, S2S_DEFAULT, S2S_E_BROKEN, S2S_E_BUSY, S2S_E_CALLBACK,
     S2S_E_INVALID, S2S_E_NOT_LOADED, S2S_E_NO_MEMORY, S2S_E_STATE, S2S_E_UNDEFINED, S2S_NORMAL, S2S_NORMAL_AS_STAGE1,
-    S2S_OK, S2S_PARTIAL_DEFAULT, S2S_PARTIAL_DROP, S2S_POPULATE_CALLBACK, S2S_POPULATE_LINEAR, S2S_POPULATE_NONE,
+    S2S_OK, S2S_PARTIAL_DEFAULT, S2S_PARTIAL_DROP, S2S_POPULATE_CALLBACK, S2S_POPULATE_LINEAR,
     S2S_READONLY, S2S_RWX, S2S_TEARDOWN_BLOW_AWAY_LEAN, S2S_TLBI_KVM72, S2SHADOW_ABI_VERSION, S2SHADOW_CAPSULE,
     s2s_api_t, s2s_change_t, s2s_fault_t, s2s_features_t, s2s_hw_tlbi_t, s2s_mapping_t, s2s_memory_ops_t,
     s2s_options_t, s2s_populate_fn, s2s_populate_t, s2s_registers_t, s2s_stats_t, s2s_tlbi_result_t, s2s_vm_t,
@@ -31,7 +31,7 @@ from s2shadow.atomics cimport load32, load_pointer, store32
 from s2shadow.check cimport check_vm, finding_t
 from s2shadow.config cimport decode_config, features_t, s2_config_t
 from s2shadow.dirty cimport dirty_reserve, mark_dirty
-from s2shadow.fault cimport STEP_DONE, STEP_POPULATE, fault_run, step_t, translate_run
+from s2shadow.fault cimport STEP_DONE, fault_run, translate_run
 from s2shadow.handle cimport handle_t
 from s2shadow.host cimport (
     change_t, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
@@ -88,6 +88,11 @@ cdef enum:
     QUESTIONS = 64              # to the embedder for one element, before it ends in RETRY
     REGION_PAGE = 4096
     MOST_FIELDS = 256           # bytes of the largest struct that starts with its size
+
+cdef enum want_t:               # what a fault needs of the embedder
+    WANTS_NOTHING
+    WANTS_MAPPING
+    WANTS_DESCRIPTOR
 
 cdef enum answered_t:
     ANSWERED
@@ -327,12 +332,20 @@ cdef int own_memory(const handle_t *handle) noexcept nogil:
     return S2S_OK
 
 
+cdef uint32_t count_callback_regions(const region_map_t *map) noexcept nogil:
+    cdef uint32_t i, count = 0
+    for i in range(map.count):
+        count += map.sources[i].read != NULL
+    return count
+
+
 cdef void publish(handle_t *handle, region_map_t *map) noexcept nogil:
     """Every vCPU reads through ``map`` from now on (exclusive side): no walk runs, and nobody is left with the old."""
     cdef region_map_t *old = handle.own.map
     cdef uint32_t i
     handle.own.map = map
     handle.own.epoch += 1
+    store32(&handle.callback_regions, count_callback_regions(map))
     handle.vm.guest_clock += 1
     for i in range(handle.vm.vcpu_count):
         view_begin(&handle.vm.vcpus[i].view, map, handle.own.epoch)
@@ -529,7 +542,7 @@ cdef int api_put(s2s_vm_t *vm, uint32_t index) noexcept nogil:
 # --- what the embedder is asked ----------------------------------------------------------------------------------
 
 
-cdef answered_t ask_descriptor(vm_t *vm, answers_t *answers) noexcept nogil:
+cdef void ask_descriptor(vm_t *vm, answers_t *answers) noexcept nogil:
     """Read or swap the descriptor that a walk stopped at, and keep the answer for when the walk starts over."""
     cdef answer_t *known = NULL
     cdef uint64_t expected = answers.expected
@@ -559,11 +572,9 @@ cdef answered_t ask_descriptor(vm_t *vm, answers_t *answers) noexcept nogil:
         elif swapped == S2S_CAS_LOST:
             known.word = expected
     answers.question = QUESTION_NONE
-    return ANSWERED
 
 
 cdef inline void forget_answers(vcpu_t *vcpu) noexcept nogil:
-    """Memory may say something else the next time."""
     if vcpu.view.answers != NULL:
         vcpu.view.answers.count = 0
         vcpu.view.answers.swapped = 0
@@ -641,49 +652,50 @@ cdef answered_t ask_populate(handle_t *handle, uint64_t cipa, uint8_t access) no
     return ANSWERED
 
 
-cdef inline answered_t ask(handle_t *handle, vcpu_t *vcpu, step_t step, uint8_t access) noexcept nogil:
-    if step == STEP_POPULATE:
-        return ask_populate(handle, vcpu.asked_cipa, access)
-    return ask_descriptor(handle.vm, vcpu.view.answers)
+# --- faults ------------------------------------------------------------------------------------------------------
 
 
-cdef int serve_asking(handle_t *handle, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
-                      fault_t *out, int64_t *at, step_t step) noexcept nogil:
-    """Serve the one element that needs the embedder, asking as often as it takes."""
-    cdef int64_t this = at[0]
-    cdef uint8_t kind = KIND_RETRY          # where something comes between again and again
+cdef inline bint has_question(const vcpu_t *vcpu) noexcept nogil:
+    return vcpu.view.answers != NULL and vcpu.view.answers.question != QUESTION_NONE
+
+
+cdef inline want_t serve(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
+    """Serve one fault as far as it goes without the embedder."""
+    cdef int64_t at = 0
+    if fault_run(vm, vcpu, &ipa, &access, 0, out, 1, &at) != STEP_DONE:
+        return WANTS_MAPPING
+    if not has_question(vcpu):
+        return WANTS_NOTHING
+    vcpu.kinds[out.kind] -= 1               # no answer yet: a walk that lacks a descriptor looks like an abort
+    return WANTS_DESCRIPTOR
+
+
+cdef int serve_asking(handle_t *handle, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out,
+                      want_t wanted) noexcept nogil:
+    """Serve one fault that wants something of the embedder, asking as often as it takes."""
+    cdef int asked = 0
     cdef answered_t answered
-    cdef int _question
-    for _question in range(QUESTIONS):
-        answered = ask(handle, vcpu, step, masks[this * stride])
+    while wanted != WANTS_NOTHING:
+        out.kind = KIND_RETRY
+        if asked == QUESTIONS:
+            break                           # something comes between again and again
+        asked += 1
+        answered = ANSWERED
+        if wanted == WANTS_DESCRIPTOR:
+            ask_descriptor(handle.vm, vcpu.view.answers)
+        else:
+            answered = ask_populate(handle, vcpu.asked_cipa, access)
         if answered == ANSWERED_WRONG:
+            forget_answers(vcpu)
             return S2S_E_CALLBACK
         if answered != ANSWERED:
-            kind = KIND_HOST_FAULT if answered == ANSWERED_NOTHING else KIND_NO_MEMORY
+            out.kind = KIND_HOST_FAULT if answered == ANSWERED_NOTHING else KIND_NO_MEMORY
             break
-        step = fault_run(handle.vm, vcpu, ipas, masks, stride, out, this + 1, at)
-        if step == STEP_DONE:
-            return S2S_OK
-    out[this].kind = kind
-    vcpu.kinds[kind] += 1
-    at[0] += 1
+        wanted = serve(handle.vm, vcpu, ipa, access, out)
+    if wanted != WANTS_NOTHING:
+        vcpu.kinds[out.kind] += 1
+    forget_answers(vcpu)                    # memory may say something else the next time
     return S2S_OK
-
-
-cdef int run_asking(handle_t *handle, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
-                    fault_t *out, int64_t n, int64_t *at, step_t step) noexcept nogil:
-    """The rest of a batch that stopped for the embedder. What it answers holds for one element."""
-    cdef int status = S2S_OK
-    while step != STEP_DONE:
-        status = serve_asking(handle, vcpu, ipas, masks, stride, out, at, step)
-        forget_answers(vcpu)
-        if status:
-            return status
-        step = fault_run(handle.vm, vcpu, ipas, masks, stride, out, n, at)
-    return S2S_OK
-
-
-# --- faults ------------------------------------------------------------------------------------------------------
 
 
 cdef int bad_access(uint32_t access) noexcept nogil:
@@ -693,18 +705,16 @@ cdef int bad_access(uint32_t access) noexcept nogil:
 cdef int api_fault(s2s_vm_t *vm, uint32_t index, uint64_t ipa, uint32_t access, s2s_fault_t *out) noexcept nogil:
     cdef handle_t *handle = <handle_t *>vm
     cdef vcpu_t *vcpu = NULL
-    cdef uint8_t mask = <uint8_t>access
-    cdef int64_t at = 0
-    cdef step_t step
+    cdef want_t wanted
     cdef int status
     if access > 31:
         return bad_access(access)
     status = enter_loaded(handle, index, &vcpu)
     if status:
         return status
-    step = fault_run(handle.vm, vcpu, &ipa, &mask, 0, <fault_t *>out, 1, &at)
-    if step != STEP_DONE:
-        status = run_asking(handle, vcpu, &ipa, &mask, 0, <fault_t *>out, 1, &at, step)
+    wanted = serve(handle.vm, vcpu, ipa, <uint8_t>access, <fault_t *>out)
+    if wanted != WANTS_NOTHING:
+        status = serve_asking(handle, vcpu, ipa, <uint8_t>access, <fault_t *>out, wanted)
     leave(vcpu)
     return status
 
@@ -728,12 +738,31 @@ cdef int check_batch(const uint64_t *ipas, const uint8_t *access, size_t stride,
     return check_masks(access, stride, n)
 
 
+cdef int fault_batch(handle_t *handle, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *access, int64_t stride,
+                     fault_t *out, int64_t n, int64_t *at) noexcept nogil:
+    """Where all memory is ours, only a populate can stop a batch; else each fault may have something to ask."""
+    cdef int status
+    cdef want_t wanted
+    while at[0] < n:
+        if load32(&handle.callback_regions):
+            wanted = serve(handle.vm, vcpu, ipas[at[0]], access[at[0] * stride], out + at[0])
+        else:
+            if fault_run(handle.vm, vcpu, ipas, access, stride, out, n, at) == STEP_DONE:
+                break
+            wanted = WANTS_MAPPING
+        if wanted != WANTS_NOTHING:
+            status = serve_asking(handle, vcpu, ipas[at[0]], access[at[0] * stride], out + at[0], wanted)
+            if status:
+                return status
+        at[0] += 1
+    return S2S_OK
+
+
 cdef int api_fault_many(s2s_vm_t *vm, uint32_t index, const uint64_t *ipas, const uint8_t *access, size_t stride,
                         s2s_fault_t *out, size_t n, size_t *done) noexcept nogil:
     cdef handle_t *handle = <handle_t *>vm
     cdef vcpu_t *vcpu = NULL
     cdef int64_t at = 0
-    cdef step_t step
     cdef int status = check_batch(ipas, access, stride, out, n)
     if done != NULL:
         done[0] = 0
@@ -741,9 +770,8 @@ cdef int api_fault_many(s2s_vm_t *vm, uint32_t index, const uint64_t *ipas, cons
         status = enter_loaded(handle, index, &vcpu)
     if status:
         return status
-    step = fault_run(handle.vm, vcpu, ipas, access, <int64_t>stride, <fault_t *>out, <int64_t>n, &at)
-    if step != STEP_DONE:
-        status = run_asking(handle, vcpu, ipas, access, <int64_t>stride, <fault_t *>out, <int64_t>n, &at, step)
+    status = fault_batch(handle, vcpu, ipas, access, <int64_t>stride, <fault_t *>out, <int64_t>n, &at)
+    forget_answers(vcpu)                    # a region of callbacks may have come while a batch ran
     leave(vcpu)
     if done != NULL:
         done[0] = <size_t>at
@@ -776,7 +804,7 @@ cdef bint walk_once(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint u
     cdef bint asks
     lock_shared_other(&vm.lock)
     walk_stage2(&vcpu.view, &vcpu.config, ipa, access, update, out)
-    asks = vcpu.view.answers != NULL and vcpu.view.answers.question != QUESTION_NONE
+    asks = has_question(vcpu)
     if update and out.updated and not asks:
         mark_dirty(&vm.dirty, out.desc_addr)
     unlock_shared_other(&vm.lock)
@@ -1154,7 +1182,6 @@ api.test_young = api_test_young
 api.take_tlbis = api_take_tlbis
 api.stats = api_stats
 api.check = api_check
-
 
 
 def get_include():

@@ -33,6 +33,7 @@ from s2shadow.intervals cimport (
 )
 from s2shadow.leaf cimport find_cipa
 from s2shadow.lock cimport lock_exclusive, lock_shared_other, unlock_exclusive, unlock_shared_other
+from s2shadow.lock cimport lock_exclusive, lock_shared_other, unlock_exclusive, unlock_shared_other
 from s2shadow.machine cimport (
     SETUP_NO_ADDRESS_SPACE, SETUP_NO_MEMORY, SETUP_NO_ROOTS, counters_t, default_table_base, install_populated,
     least_bytes, plan_t, ram_within, root_bytes, setup_t, vcpu_load, vcpu_put, vm_counters, vm_destroy, vm_init,
@@ -278,7 +279,7 @@ cdef class _Engine:
             raise ValueError(f"end {end:#x} is beyond pa_bits={self.vm.features.pa_bits}")
         return 0
 
-    cdef object ram_within(self, uint64_t start, uint64_t end):
+    cdef object ram_ranges(self, uint64_t start, uint64_t end):
         """The parts of [start, end) that are RAM: range_t pairs as uint64[n, 2]."""
         # a map that this engine can see stays until no engine uses the memory
         cdef const region_map_t *map = <const region_map_t *>load_pointer(<void *const *>&self.mem.c.map)
@@ -424,7 +425,7 @@ cdef class _Engine:
         cdef uint32_t count
         cdef bint reserved = True
         self.check_range(start, end)
-        ranges = self.ram_within(start, end)
+        ranges = self.ram_ranges(start, end)
         count = ranges.shape[0]
         if not count:
             return Invalidation(0, self.vm.owed.seq)
@@ -447,7 +448,7 @@ cdef class _Engine:
         cdef uint32_t count
         self.check_range(start, end)
         bitmap = self.new_bitmap(start, end)
-        ranges = self.ram_within(start, end)
+        ranges = self.ram_ranges(start, end)
         count = ranges.shape[0]
         if count and self.vm.dirty.active:
             bits = bitmap

@@ -13,6 +13,9 @@ from s2shadow.intervals cimport intervals_free, intervals_new
 from s2shadow.lock cimport (
     lock_exclusive, lock_init, lock_reader, lock_shared_other, unlock_exclusive, unlock_shared_other,
 )
+from s2shadow.lock cimport (
+    lock_exclusive, lock_init, lock_reader, lock_shared_other, unlock_exclusive, unlock_shared_other,
+)
 from s2shadow.owed cimport owed_begin, owed_destroy, owed_end, owed_init
 from s2shadow.rmap cimport node_t, rmap_destroy, rmap_init
 from s2shadow.table cimport (
@@ -80,6 +83,7 @@ cdef setup_t vm_init(vm_t *vm, const plan_t *plan) noexcept nogil:
                 return SETUP_NO_MEMORY
     for i in range(plan.vcpus):
         vm.vcpus[i].context = NO_CONTEXT
+        vm.vcpus[i].reader = lock_reader(&vm.lock, i)
         vm.vcpus[i].reader = lock_reader(&vm.lock, i)
         forget_path(&vm.vcpus[i].canonical_path)
     vm.dirty.input_bits = vm.features.pa_bits

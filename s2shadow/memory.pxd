@@ -72,9 +72,8 @@ ctypedef enum cas_result_t:
     CAS_REFUSED
 
 cdef const region_t *search_region(const mem_view_t *view, uint64_t address, region_t *last) noexcept nogil
-cdef bint read_elsewhere(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *desc) noexcept nogil
-cdef cas_result_t cas_elsewhere(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *expected,
-                                uint64_t desired) noexcept nogil
+cdef const uint64_t *word_elsewhere(mem_view_t *view, uint64_t address) noexcept nogil
+cdef void ask_swap(mem_view_t *view, uint64_t address, uint64_t expected, uint64_t desired) noexcept nogil
 cdef void view_begin(mem_view_t *view, const region_map_t *map, uint64_t epoch) noexcept nogil
 cdef bint view_refresh(mem_view_t *view, const memory_t *memory) noexcept nogil
 cdef const region_t *region_over(const region_map_t *map, uint64_t start, uint64_t size) noexcept nogil
@@ -102,11 +101,11 @@ cdef inline const region_t *find_tables(mem_view_t *view, uint64_t address) noex
 
 
 cdef inline bint read_desc(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *desc) noexcept nogil:
-    """Read one descriptor (8-byte aligned); False where no RAM is, or where the embedder must be asked first."""
+    """Read one descriptor (8-byte aligned); False where no RAM is."""
     cdef uint64_t offset = address - view.tables.start
     if offset >= view.tables.size:
         if find_tables(view, address) == NULL:
-            return read_elsewhere(view, address, big_endian, desc)
+            return False
         offset = address - view.tables.start
     desc[0] = load64(<const uint64_t *>(view.tables.host + offset))
     if big_endian:
@@ -119,9 +118,7 @@ cdef inline cas_result_t cas_desc(mem_view_t *view, uint64_t address, bint big_e
     """Swap a descriptor that still holds ``expected``; when lost, ``expected`` becomes what is there."""
     cdef const region_t *region = find_tables(view, address)
     cdef uint64_t seen
-    if region == NULL:
-        return cas_elsewhere(view, address, big_endian, expected, desired)
-    if region.readonly:
+    if region == NULL or region.readonly:
         return CAS_REFUSED
     seen = byteswap64(expected[0]) if big_endian else expected[0]
     if cas64(<uint64_t *>(region.host + (address - region.start)), &seen,

@@ -10,7 +10,6 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from s2shadow.arch cimport byteswap64
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport fetch_add32, load32, load64, load_pointer, store_pointer, store64
 from s2shadow.vmem cimport release, reserve
@@ -60,45 +59,43 @@ cdef answer_t *answer_at(answers_t *answers, uint64_t address) noexcept nogil:
     return NULL
 
 
-cdef bint read_elsewhere(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *desc) noexcept nogil:
-    """A descriptor that is not in RAM of ours: as the embedder gave it. False where it has not been asked, and then
-    the question is noted, or where nothing can be read."""
+cdef const uint64_t *word_elsewhere(mem_view_t *view, uint64_t address) noexcept nogil:
+    """A word that is not in RAM of ours, as the embedder gave it. NULL where it has not been asked, and then the
+    question is noted, or where nothing can be read."""
     cdef answer_t *known
     cdef int64_t index
     if view.answers == NULL:
-        return False
+        return NULL
     index = source_at(view, address)
     if index < 0:
-        return False
+        return NULL
     known = answer_at(view.answers, address)
     if known == NULL:
         view.answers.question = QUESTION_READ
         view.answers.source = view.map.sources[index]
         view.answers.address = address
-        return False
-    desc[0] = byteswap64(known.word) if big_endian else known.word
-    return known.readable
+        return NULL
+    return &known.word if known.readable else NULL
 
 
-cdef cas_result_t cas_elsewhere(mem_view_t *view, uint64_t address, bint big_endian, uint64_t *expected,
-                                uint64_t desired) noexcept nogil:
-    """A swap where the memory is the embedder's is only noted: once it was made, the walk finds the word as it is."""
+cdef void ask_swap(mem_view_t *view, uint64_t address, uint64_t expected, uint64_t desired) noexcept nogil:
+    """Note a swap that the embedder shall make, unless it refused that already: once it was made, the walk that starts
+    over finds the word as it is."""
     cdef answer_t *known
     cdef int64_t index
     if view.answers == NULL:
-        return CAS_REFUSED
+        return
     index = source_at(view, address)
     if index < 0 or view.map.regions[index].readonly or view.map.sources[index].cas == NULL:
-        return CAS_REFUSED
+        return
     known = answer_at(view.answers, address)
     if known != NULL and known.swap_refused:
-        return CAS_REFUSED
+        return
     view.answers.question = QUESTION_CAS
     view.answers.source = view.map.sources[index]
     view.answers.address = address
-    view.answers.expected = byteswap64(expected[0]) if big_endian else expected[0]
-    view.answers.desired = byteswap64(desired) if big_endian else desired
-    return CAS_REFUSED
+    view.answers.expected = expected
+    view.answers.desired = desired
 
 
 cdef void view_begin(mem_view_t *view, const region_map_t *map, uint64_t epoch) noexcept nogil:

@@ -305,9 +305,9 @@ typedef struct s2s_api {
     void (*destroy)(s2s_vm_t *vm);
 
     /* L1's physical memory. Bases and sizes are multiples of 4096 and below 2^52; regions do not overlap. ``host`` is
-     * 8-byte aligned and stays the caller's: it is read (and, but for S2S_READONLY, swapped) until remove_region()
-     * returns. remove_region() unmaps the region first, as host_unmap() does; a callback of the region that was called
-     * before may still be running on another thread then. */
+     * 8-byte aligned and stays the caller's: descriptors in it are read (and swapped, but for S2S_READONLY) until
+     * remove_region() returns. That also unmaps the range, as host_unmap() does. A callback that another thread has
+     * called before may still be running then: its answer is thrown away. */
     int (*add_ram)(s2s_vm_t *vm, uint64_t cipa, uint64_t size, void *host, uint32_t flags);
     int (*add_device)(s2s_vm_t *vm, uint64_t cipa, uint64_t size);
     int (*add_callbacks)(s2s_vm_t *vm, uint64_t cipa, uint64_t size, const s2s_memory_ops_t *ops, void *opaque,
