@@ -36,7 +36,9 @@ from s2shadow.handle cimport handle_t
 from s2shadow.host cimport (
     change_t, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
 )
-from s2shadow.lock cimport lock_exclusive, lock_shared_other, unlock_exclusive, unlock_shared_other
+from s2shadow.lock cimport (
+    lock_exclusive, lock_shared, lock_shared_other, unlock_exclusive, unlock_shared, unlock_shared_other,
+)
 from s2shadow.machine cimport (
     SETUP_DONE, counters_t, default_table_base, install_populated, least_bytes, plan_t, ram_within, root_bytes,
     vcpu_load, vcpu_put, vm_counters, vm_destroy, vm_init,
@@ -802,12 +804,12 @@ cdef int api_translate(s2s_vm_t *vm, uint32_t index, uint64_t ipa, uint32_t acce
 cdef bint walk_once(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint update, walk_t *out) noexcept nogil:
     """Walk as far as memory answers; False if the embedder must be asked."""
     cdef bint asks
-    lock_shared_other(&vm.lock)
+    lock_shared(&vm.lock, vcpu.reader)
     walk_stage2(&vcpu.view, &vcpu.config, ipa, access, update, out)
     asks = has_question(vcpu)
     if update and out.updated and not asks:
         mark_dirty(&vm.dirty, out.desc_addr)
-    unlock_shared_other(&vm.lock)
+    unlock_shared(vcpu.reader)
     return not asks
 
 
@@ -994,7 +996,7 @@ cdef range_t *ram_ranges(handle_t *handle, uint64_t start, uint64_t end, uint32_
     """The RAM inside [start, end), to be freed; NULL where there is no memory for the list."""
     cdef const region_map_t *map
     cdef range_t *ranges
-    lock_shared_other(&handle.vm.lock)            # our own list of regions may go otherwise; a GuestMemory keeps its
+    lock_shared_other(&handle.vm.lock)      # our own list of regions may go otherwise; a GuestMemory keeps its
     map = handle.own.map
     if handle.shared != NULL:
         map = <const region_map_t *>load_pointer(<void *const *>&handle.shared.map)
@@ -1093,7 +1095,7 @@ cdef int api_take_tlbis(s2s_vm_t *vm, s2s_hw_tlbi_t *rows, size_t limit, size_t 
         return fail(S2S_E_INVALID, "vm, rows and taken must not be NULL")
     if limit > handle.vm.owed.capacity:
         limit = handle.vm.owed.capacity
-    lock_exclusive(&handle.vm.lock)            # rows of an operation show once its section is over
+    lock_exclusive(&handle.vm.lock)         # rows of an operation show once its section is over
     taken[0] = owed_take(&handle.vm.owed, <hw_tlbi_t *>rows, <uint32_t>limit) if limit else 0
     unlock_exclusive(&handle.vm.lock)
     return S2S_OK

@@ -33,7 +33,6 @@ from s2shadow.intervals cimport (
 )
 from s2shadow.leaf cimport find_cipa
 from s2shadow.lock cimport lock_exclusive, lock_shared_other, unlock_exclusive, unlock_shared_other
-from s2shadow.lock cimport lock_exclusive, lock_shared_other, unlock_exclusive, unlock_shared_other
 from s2shadow.machine cimport (
     SETUP_NO_ADDRESS_SPACE, SETUP_NO_MEMORY, SETUP_NO_ROOTS, counters_t, default_table_base, install_populated,
     least_bytes, plan_t, ram_within, root_bytes, setup_t, vcpu_load, vcpu_put, vm_counters, vm_destroy, vm_init,

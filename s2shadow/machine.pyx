@@ -13,9 +13,6 @@ from s2shadow.intervals cimport intervals_free, intervals_new
 from s2shadow.lock cimport (
     lock_exclusive, lock_init, lock_reader, lock_shared_other, unlock_exclusive, unlock_shared_other,
 )
-from s2shadow.lock cimport (
-    lock_exclusive, lock_init, lock_reader, lock_shared_other, unlock_exclusive, unlock_shared_other,
-)
 from s2shadow.owed cimport owed_begin, owed_destroy, owed_end, owed_init
 from s2shadow.rmap cimport node_t, rmap_destroy, rmap_init
 from s2shadow.table cimport (
