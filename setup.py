@@ -42,6 +42,7 @@ extensions = [
     Extension(
         f"s2shadow.{path.stem}",
         [path.as_posix()],
+        include_dirs=["s2shadow/include"],
         extra_compile_args=compile_args,
         # the small functions of the rooms below are meant to vanish into the hot ones, whatever a compiler's limits say
         define_macros=[("CYTHON_INLINE", "inline __attribute__((always_inline))")],

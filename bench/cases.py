@@ -8,7 +8,7 @@ import numpy as np
 
 import s2shadow as s2
 from nest import BLOCK, DATA, HCR, PAGE, Nest, range_operand, scattered, u64
-from s2shadow._floor import bare_unmap_each, fault_each, tlbi_each, unmap_each, walk_each
+from s2shadow._floor import bare_unmap_each, c_fault_each, fault_each, tlbi_each, unmap_each, walk_each
 
 CASES = {}
 IPAS2E1IS = 0xD50C8020
@@ -181,6 +181,19 @@ def fault_hit(measure):
     def prepare(n):
         chosen = np.resize(ipas, n)
         return lambda: fault_each(bed.state, 0, chosen, s2.READ, s2.HIT), n
+
+    measure(prepare, 2048)
+
+
+@case
+def fault_hit_c_api(measure):
+    """The same through the C API's table."""
+    bed = Nest(1 << 12).fill()
+    ipas = bed.ipas[scattered(1 << 12)]
+
+    def prepare(n):
+        chosen = np.resize(ipas, n)
+        return lambda: c_fault_each(bed.vm, 0, chosen, s2.READ, s2.HIT), n
 
     measure(prepare, 2048)
 

@@ -3,6 +3,8 @@
 from importlib.metadata import version as _version
 
 from s2shadow import constants as _constants
+from s2shadow.capi import _C_API as _C_API
+from s2shadow.capi import get_include
 from s2shadow.combine import Combined, combine
 from s2shadow.config import Stage2Config
 from s2shadow.constants import *  # noqa: F403
@@ -83,6 +85,7 @@ __all__ = [
     "WalkStep",
     "combine",
     "decode_tlbi",
+    "get_include",
     "leaves",
     "walk",
     "walk_many",

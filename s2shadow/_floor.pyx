@@ -14,6 +14,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from s2shadow cimport S2S_OK, s2s_api_t, s2s_fault_t, s2s_from_python, s2s_import, s2s_vm_t
 from s2shadow.arch cimport OA_48, level_span
 from s2shadow.atomics cimport prefetch
 from s2shadow.config cimport Stage2Config
@@ -147,6 +148,21 @@ def fault_each(state, uint32_t vcpu, const uint64_t[::1] ipas, uint8_t access, u
             ipa = given[i] ^ row.pa >> 63
             fault_run(vm, &vm.vcpus[vcpu], &ipa, &access, 0, &row, 1, &at)
             wanted += row.kind == kind
+    return wanted
+
+
+def c_fault_each(nested_vm, uint32_t vcpu, const uint64_t[::1] ipas, uint32_t access, uint8_t kind):
+    """``fault_each`` through the C API's table, as an embedder calls it; takes the ``NestedVM`` itself."""
+    cdef const s2s_api_t *api = s2s_import()
+    cdef s2s_vm_t *vm = s2s_from_python(nested_vm)
+    cdef s2s_fault_t row
+    cdef const uint64_t *given = &ipas[0]
+    cdef int64_t i, wanted = 0
+    row.pa = 0
+    with nogil:
+        for i in range(ipas.shape[0]):
+            if api.fault(vm, vcpu, given[i] ^ row.pa >> 63, access, &row) == S2S_OK:
+                wanted += row.kind == kind
     return wanted
 
 

@@ -61,6 +61,11 @@ def dispatch(argv: list[str]) -> int:
 
         print(f"s2shadow {version('s2shadow')}")
         return EXIT_OK
+    if options.cflags:
+        from s2shadow.capi import get_include
+
+        print(f"-I{get_include()}")
+        return EXIT_OK
     if options.command is None:
         parser.print_help()
         return EXIT_OK
@@ -77,6 +82,8 @@ def make_parser() -> Parser:
     parser = Parser(prog="s2shadow", description="Shadow stage-2 page tables for arm64 nested virtualization.",
                     allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--cflags", action="store_true",
+                        help="print what a compiler needs to find s2shadow/s2shadow.h, and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.add(commands)

@@ -10,45 +10,45 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
+from s2shadow cimport S2SHADOW_VM_CAPSULE
 from s2shadow.arch cimport (
-    DESC_AF, DESC_MEMATTR_SHIFT, DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh,
-    largest_leaf_level, leaf_level_within, level_span, oa_format_t, s2ap_xn_to_perm,
+    DESC_AF, DESC_MEMATTR_SHIFT, FINAL_LEVEL, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh,
+    largest_leaf_level, leaf_level_within, level_span, s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
-from s2shadow.atomics cimport cas32, load64, store32
+from s2shadow.atomics cimport cas32, load64, load_pointer, store32
 from s2shadow.check cimport check_vm, finding_t
-from s2shadow.combine cimport host_oa_format
 from s2shadow.config cimport decode_config, fill_features, s2_config_t
-from s2shadow.context cimport context_acquire, context_entries, context_release, context_table_bytes
-from s2shadow.dirty cimport dirty_destroy, dirty_reserve
+from s2shadow.context cimport context_entries, context_table_bytes
+from s2shadow.dirty cimport dirty_reserve
 from s2shadow.fault cimport STEP_DONE, fault_run, step_t, translate_run
+from s2shadow.handle cimport handle_t
 from s2shadow.host cimport (
-    change_t, changed_since, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
-    populate_block,
+    change_t, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
 )
 from s2shadow.intervals cimport (
-    UNKNOWN_IPA, interval_t, intervals_find, intervals_free, intervals_new, intervals_record, intervals_remove,
+    UNKNOWN_IPA, interval_t, intervals_find, intervals_record, intervals_remove,
 )
 from s2shadow.leaf cimport find_cipa
-from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
-from s2shadow.lock cimport (
-    lock_exclusive, lock_init, lock_reader, lock_shared_other, unlock_exclusive, unlock_shared_other,
+from s2shadow.lock cimport lock_exclusive, lock_shared_other, unlock_exclusive, unlock_shared_other
+from s2shadow.machine cimport (
+    SETUP_NO_ADDRESS_SPACE, SETUP_NO_MEMORY, SETUP_NO_ROOTS, counters_t, default_table_base, install_populated,
+    least_bytes, plan_t, ram_within, root_bytes, setup_t, vcpu_load, vcpu_put, vm_counters, vm_destroy, vm_init,
 )
-from s2shadow.memory cimport GuestMemory, mem_view_t
-from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_begin, owed_destroy, owed_end, owed_init, owed_take
-from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
+from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
+from s2shadow.memory cimport GuestMemory, mem_view_t, region_map_t
+from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_take
+from s2shadow.rmap cimport is_marker, link_next, rmap_find
 from s2shadow.table cimport (
-    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, forget_path, is_table, next_leaf, page_of, page_t,
-    reserve_root, slot_ipa, table_find, table_init, table_t,
+    CANONICAL, ROOT_PAGES, child_page, is_table, next_leaf, page_of, page_t, slot_ipa, table_find, table_t,
 )
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, forget_guest_path,
-    forget_ways, is_active, overlaps_active, range_t, read_tag, vcpu_t, vm_t,
+    range_t, read_tag, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -104,7 +104,6 @@ cdef enum:
     POPULATE_TRIES = 16                 # a populate that undoes itself ends in RETRY
 
 TLBI_CLASSES = ("IPA", "RANGE", "VMALLS12", "ALL", "STAGE1")     # in the order of tlbi_class_t
-ARENA_BYTES = 1 << 34                 # 2^31 slots of 8 bytes
 TEARDOWN_CODES = dict(zip(TEARDOWNS, (TEARDOWN_REVERSE_MAP, TEARDOWN_INTERVAL_MAP, TEARDOWN_BLOW_AWAY,
                                       TEARDOWN_BLOW_AWAY_LEAN), strict=True))
 
@@ -224,6 +223,7 @@ cdef class _Engine:
     """Owner of one ``vm_t``; what ``NestedVM``, its vCPUs and its host table share."""
 
     cdef vm_t vm
+    cdef handle_t handle            # what the C API calls this engine
     cdef GuestMemory mem
     cdef mem_view_t view            # of check() and the host side, under the exclusive lock
     cdef readonly object features
@@ -231,63 +231,37 @@ cdef class _Engine:
     cdef bint pinned
 
     def __cinit__(self, GuestMemory mem not None, uint32_t vcpus, uint32_t contexts, features, teardown,
-                  bint ignore_attributes, uint64_t max_bytes, uint64_t table_base, bint track):
-        cdef uint32_t i
-        cdef oa_format_t oa
+                  bint ignore_attributes, bint tlbi_kvm72, uint64_t max_bytes, uint64_t table_base, bint track):
+        cdef plan_t plan
+        cdef setup_t done
         self.mem = mem
         self.features = features
-        memset(&self.vm, 0, sizeof(vm_t))
-        lock_init(&self.vm.lock)
-        fill_features(features, &self.vm.features)
-        self.vm.teardown = teardown
-        self.vm.ignore_guest_attributes = ignore_attributes
-        self.vm.context_count = contexts
-        self.vm.vcpu_count = vcpus
-        host_oa_format(&self.vm.features, &oa)
-        if not arena_init(&self.vm.arena, self.vm.features.host_granule_bits, &oa, table_base,
-                          <uint64_t>1 << self.vm.features.pa_bits, max_bytes):
+        memset(&plan, 0, sizeof(plan_t))
+        fill_features(features, &plan.features)
+        plan.vcpus = vcpus
+        plan.contexts = contexts
+        plan.teardown = teardown
+        plan.max_bytes = max_bytes
+        plan.table_base = table_base
+        plan.ignore_guest_attributes = ignore_attributes
+        plan.tlbi_kvm72 = tlbi_kvm72
+        plan.track_tlbis = track
+        done = vm_init(&self.vm, &plan)
+        if done == SETUP_NO_ADDRESS_SPACE:
             raise MemoryError("cannot reserve address space for the table arena")
-        self.vm.arena.alone = vcpus == 1
-        self.vm.arena.keeps_links = self.vm.teardown == TEARDOWN_REVERSE_MAP
-        self.vm.contexts = <context_t *>calloc(contexts, sizeof(context_t))
-        self.vm.vcpus = <vcpu_t *>calloc(vcpus, sizeof(vcpu_t))
-        if (self.vm.contexts == NULL or self.vm.vcpus == NULL
-                or (self.vm.teardown == TEARDOWN_REVERSE_MAP
-                    and not rmap_init(&self.vm.rmap, &self.vm.arena, self.vm.features.pa_bits))
-                or not owed_init(&self.vm.owed, contexts, track)):
+        if done == SETUP_NO_ROOTS:
+            raise MemoryError(f"no room for the roots of {contexts} contexts")
+        if done == SETUP_NO_MEMORY:
             raise MemoryError("cannot set up the engine")
-        table_init(&self.vm.arena, &self.vm.canonical, reserve_root(&self.vm.arena), CANONICAL,
-                   self.vm.features.pa_bits)
-        for i in range(contexts):
-            self.vm.contexts[i].shadow.root = reserve_root(&self.vm.arena)
-            if not self.vm.contexts[i].shadow.root:
-                raise MemoryError(f"no room for the roots of {contexts} contexts")
-            if self.vm.teardown == TEARDOWN_INTERVAL_MAP:
-                self.vm.contexts[i].intervals = intervals_new(&self.vm.arena)
-                if self.vm.contexts[i].intervals == NULL:
-                    raise MemoryError("cannot set up the interval maps")
-        for i in range(vcpus):
-            self.vm.vcpus[i].context = NO_CONTEXT
-            self.vm.vcpus[i].reader = lock_reader(&self.vm.lock, i)
-            forget_path(&self.vm.vcpus[i].canonical_path)
-        self.vm.dirty.input_bits = self.vm.features.pa_bits
-        self.vm.dirty.page_bits = self.vm.features.host_granule_bits
         mem.pin(&self.view)
         self.pinned = True
+        self.handle.vm = &self.vm
+        self.handle.shared = &mem.c
 
     def __dealloc__(self):
-        cdef uint32_t i
         if self.pinned:
             self.mem.unpin()
-        if self.vm.contexts != NULL:
-            for i in range(self.vm.context_count):
-                intervals_free(self.vm.contexts[i].intervals)
-        dirty_destroy(&self.vm.dirty)
-        owed_destroy(&self.vm.owed)
-        rmap_destroy(&self.vm.rmap)
-        arena_destroy(&self.vm.arena)
-        free(self.vm.contexts)
-        free(self.vm.vcpus)
+        vm_destroy(&self.vm)
 
     cdef uint64_t page_size(self):
         return <uint64_t>1 << self.vm.arena.granule_bits
@@ -304,18 +278,12 @@ cdef class _Engine:
             raise ValueError(f"end {end:#x} is beyond pa_bits={self.vm.features.pa_bits}")
         return 0
 
-    cdef object ram_within(self, uint64_t start, uint64_t end):
+    cdef object ram_ranges(self, uint64_t start, uint64_t end):
         """The parts of [start, end) that are RAM: range_t pairs as uint64[n, 2]."""
-        page = self.page_size()
-        parts = []
-        done = 0
-        for r in self.mem.regions:          # rounded out to host pages, each page once
-            low = max(start, r.start // page * page, done)
-            high = min(end, -(-(r.start + r.size) // page) * page)
-            if not r.device and low < high:
-                parts.append((low, high))
-                done = high
-        return np.array(parts, dtype=np.uint64).reshape(-1, 2)
+        # a map that this engine can see stays until no engine uses the memory
+        cdef const region_map_t *map = <const region_map_t *>load_pointer(<void *const *>&self.mem.c.map)
+        cdef uint64_t[:, ::1] parts = np.empty((map.count + 1, 2), dtype=np.uint64)
+        return np.asarray(parts)[:ram_within(map, self.page_size(), start, end, <range_t *>&parts[0, 0])]
 
     def set_populate(self, policy):
         if isinstance(policy, str):
@@ -456,7 +424,7 @@ cdef class _Engine:
         cdef uint32_t count
         cdef bint reserved = True
         self.check_range(start, end)
-        ranges = self.ram_within(start, end)
+        ranges = self.ram_ranges(start, end)
         count = ranges.shape[0]
         if not count:
             return Invalidation(0, self.vm.owed.seq)
@@ -479,7 +447,7 @@ cdef class _Engine:
         cdef uint32_t count
         self.check_range(start, end)
         bitmap = self.new_bitmap(start, end)
-        ranges = self.ram_within(start, end)
+        ranges = self.ram_ranges(start, end)
         count = ranges.shape[0]
         if count and self.vm.dirty.active:
             bits = bitmap
@@ -693,32 +661,16 @@ cdef class _Engine:
         return out[:taken]
 
     def stats(self):
-        cdef uint32_t i, k
-        cdef uint64_t kinds[8]
-        cdef uint64_t installed = 0, relaxed = 0, replaced = 0, host_leaves, removed, tables, links, heads
-        memset(kinds, 0, sizeof(kinds))
+        cdef counters_t c
         with nogil:
-            lock_shared_other(&self.vm.lock)
-            for i in range(self.vm.vcpu_count):
-                for k in range(8):
-                    kinds[k] += self.vm.vcpus[i].kinds[k]
-                installed += self.vm.vcpus[i].installed
-                relaxed += self.vm.vcpus[i].relaxed
-                replaced += self.vm.vcpus[i].replaced
-            host_leaves = self.vm.canonical_leaves
-            removed = self.vm.removed
-            tables, links, heads = self.vm.arena.table_bytes, self.vm.arena.link_bytes, self.vm.arena.rmap_bytes
-            unlock_shared_other(&self.vm.lock)
+            vm_counters(&self.vm, &c)
         return Stats(
-            faults=kinds[0] + kinds[1] + kinds[2] + kinds[3] + kinds[4] + kinds[5] + kinds[6],
-            hits=kinds[0], mapped=kinds[1], l1_faults=kinds[2], host_faults=kinds[3], mmio=kinds[4],
-            retries=kinds[5], no_memory=kinds[6], installed=installed,
-            removed=removed, relaxed=relaxed, replaced=replaced, narrowed=self.vm.narrowed,
-            live=installed - removed, invalidations=self.vm.invalidations, kernel_steps=self.vm.kernel_steps,
-            unknown_unmaps=self.vm.unknown_unmaps,
-            contexts_recycled=self.vm.recycled, evictions=self.vm.evictions, host_leaves=host_leaves,
-            table_bytes=tables, link_bytes=links,
-            rmap_bytes=heads, memory_bytes=tables + links + heads,
+            faults=c.faults, hits=c.kinds[0], mapped=c.kinds[1], l1_faults=c.kinds[2], host_faults=c.kinds[3],
+            mmio=c.kinds[4], retries=c.kinds[5], no_memory=c.kinds[6], installed=c.installed, removed=c.removed,
+            relaxed=c.relaxed, replaced=c.replaced, narrowed=c.narrowed, live=c.live, invalidations=c.invalidations,
+            kernel_steps=c.kernel_steps, unknown_unmaps=c.unknown_unmaps, contexts_recycled=c.recycled,
+            evictions=c.evictions, host_leaves=c.host_leaves, table_bytes=c.table_bytes, link_bytes=c.link_bytes,
+            rmap_bytes=c.rmap_bytes, memory_bytes=c.table_bytes + c.link_bytes + c.rmap_bytes,
             tlbis={name: TlbiCounters(self.vm.tlbis[i].operations, self.vm.tlbis[i].contexts, self.vm.tlbis[i].removed,
                                       self.vm.tlbis[i].required) for i, name in enumerate(TLBI_CLASSES)})
 
@@ -932,17 +884,7 @@ cdef class VCPU:
         self.enter()
         try:
             with nogil:
-                lock_exclusive(&self.engine.vm.lock)
-                if self.c.context != NO_CONTEXT:
-                    context_release(&self.engine.vm, self.c.context)
-                    self.c.context = NO_CONTEXT
-                self.c.context = context_acquire(&self.engine.vm, &config, vttbr_, vtcr_)
-                self.c.config = config
-                forget_ways(self.c)
-                self.c.vttbr = vttbr_
-                self.c.vtcr = vtcr_
-                self.c.hcr = hcr_
-                unlock_exclusive(&self.engine.vm.lock)
+                vcpu_load(&self.engine.vm, self.c, &config, vttbr_, vtcr_, hcr_)
                 lock_shared_other(&self.engine.vm.lock)
             try:
                 return self.engine.context_row(self.c.context)
@@ -956,11 +898,7 @@ cdef class VCPU:
         self.enter()
         try:
             with nogil:
-                lock_exclusive(&self.engine.vm.lock)
-                if self.c.context != NO_CONTEXT:
-                    context_release(&self.engine.vm, self.c.context)
-                    self.c.context = NO_CONTEXT
-                unlock_exclusive(&self.engine.vm.lock)
+                vcpu_put(&self.engine.vm, self.c)
         finally:
             self.leave()
 
@@ -1038,30 +976,16 @@ cdef class VCPU:
 
     cdef int install(self, uint64_t cipa, object mapping, uint64_t seq) except -1:
         cdef host_attrs_t attrs
-        cdef uint64_t size = mapping.size, pa = mapping.pa, span
-        cdef int level = self.engine.level_of_block(size), reached = 0
+        cdef uint64_t size = mapping.size, pa = mapping.pa
         cdef vm_t *vm = &self.engine.vm
-        cdef bint stored = True
+        cdef bint stored
+        self.engine.level_of_block(size)
         self.engine.fill_attrs(mapping.perm, mapping.memattr, &attrs)
         if pa >> vm.features.pa_bits or (pa + size - 1) >> vm.features.pa_bits:
             raise ValueError(f"populate returned pa {pa:#x} beyond pa_bits={vm.features.pa_bits}")
-        pa += cipa & (size - 1)
         with nogil:
-            lock_exclusive(&vm.lock)
             self.engine.mem.refresh(&self.c.view)
-            if not load64(vm.arena.words + table_find(&vm.arena, &vm.canonical, cipa, &reached)) & DESC_VALID:
-                if reached > level:
-                    level = reached         # part of a larger block is mapped already
-                span = level_span(vm.arena.granule_bits, level)
-                while level < FINAL_LEVEL and overlaps_active(vm, cipa & ~(span - 1), (cipa & ~(span - 1)) + span):
-                    level += 1
-                    span = level_span(vm.arena.granule_bits, level)
-                # What was resolved before a change of that range must not be installed after it.
-                if not (is_active(vm, cipa) or changed_since(vm, seq, cipa & ~(span - 1), (cipa & ~(span - 1)) + span)):
-                    owed_begin(&vm.owed)
-                    stored = populate_block(vm, cipa & ~(span - 1), pa & ~(span - 1), span, &attrs)
-                    owed_end(&vm.owed)
-            unlock_exclusive(&vm.lock)
+            stored = install_populated(vm, cipa, pa, size, &attrs, seq)
         if not stored:
             raise MemoryError(f"no room for the host table of {cipa:#x}")
         return 0
@@ -1171,9 +1095,8 @@ cdef class NestedVM:
             raise ValueError(f"attributes must be 'architectural' or 'kvm72', got {attributes!r}")
         table_base = check_table_base(table_base, features)
         budget = table_budget(max_table_bytes, vcpus, contexts, features)
-        self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWN_CODES[teardown], attributes == "kvm72", budget,
-                              table_base, track_tlbis)
-        self.engine.vm.tlbi_kvm72 = tlbi == "kvm72"
+        self.engine = _Engine(mem, vcpus, contexts, features, TEARDOWN_CODES[teardown], attributes == "kvm72",
+                              tlbi == "kvm72", budget, table_base, track_tlbis)
         self.mem = mem
         self.features = features
         self.teardown = teardown
@@ -1273,6 +1196,11 @@ cdef class NestedVM:
         """The engine's ``vm_t``, as a capsule valid as long as this object: for ``s2shadow._floor``, which measures."""
         return PyCapsule_New(&self.engine.vm, "s2shadow.vm_t", NULL)
 
+    @property
+    def _c_handle(self):
+        """Capsule of the C API's ``s2s_vm_t *`` for this VM: what it holds is good as long as this object lives."""
+        return PyCapsule_New(&self.engine.handle, S2SHADOW_VM_CAPSULE, NULL)
+
     def _poke_interval(self, index, ipa, cipa=0, size=0):
         self.engine._poke_interval(index, ipa, cipa, size)
 
@@ -1307,7 +1235,7 @@ def check_table_base(table_base, features):
     limit = 1 << features.pa_bits
     alignment = ROOT_PAGES * features.host_granule
     if table_base is None:
-        return limit - ARENA_BYTES if limit > ARENA_BYTES else limit // 2
+        return default_table_base(features.pa_bits)
     if table_base < 0 or table_base % alignment:
         raise ValueError(f"table_base must be a multiple of {alignment:#x}, got {table_base:#x}")
     if table_base > limit - (1 << 30):
@@ -1319,13 +1247,8 @@ def table_budget(max_table_bytes, vcpus, contexts, features):
     """The bound that remains once every root is paid for; 0 for none."""
     if max_table_bytes is None:
         return 0
-    page = features.host_granule + sizeof(page_t)
-    levels = 4
-    # A walk path: shadow and canonical tables, links of the leaf table, and nodes of the reverse map.
-    path = levels * 2 * page + features.host_granule + levels * (features.host_granule + sizeof(node_t))
-    roots = (contexts + 1) * ROOT_PAGES * page
-    least = roots + vcpus * path
+    least = least_bytes(features.host_granule, vcpus, contexts)
     if max_table_bytes < least:
         raise ValueError(f"max_table_bytes must be at least {least} for {contexts} contexts and {vcpus} vCPUs, "
                          f"got {max_table_bytes}")
-    return max_table_bytes - roots
+    return max_table_bytes - root_bytes(features.host_granule, contexts)

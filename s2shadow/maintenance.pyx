@@ -319,6 +319,7 @@ cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs
     kind = class_of(tlbi)
     memset(result, 0, sizeof(tlbi_result_t))
     lock_exclusive(&vm.lock)
+    vm.guest_clock += 1                     # before anything goes: what was read of L1's tables until now is void
     owed_begin(&vm.owed)
     if kind == CLASS_STAGE1:
         apply_stage1(vm, tlbi, regs, result)

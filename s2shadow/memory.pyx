@@ -6,8 +6,9 @@ from collections import namedtuple
 
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport fetch_add32, load32, load64, load_pointer, store_pointer, store64
@@ -35,6 +36,136 @@ cdef const region_t *search_region(const mem_view_t *view, uint64_t address, reg
             last[0] = region[0]
             return last
     return NULL
+
+
+cdef int64_t source_at(const mem_view_t *view, uint64_t address) noexcept nogil:
+    """Index of the embedder's region that holds ``address``, or -1."""
+    cdef uint32_t i
+    for i in range(view.map.count):
+        if address - view.map.regions[i].start < view.map.regions[i].size:
+            return i if view.map.sources[i].read != NULL else -1
+    return -1
+
+
+cdef answer_t *answer_at(answers_t *answers, uint64_t address) noexcept nogil:
+    """What the embedder said of a descriptor, or NULL. Nothing that it said before a TLBI counts after it."""
+    cdef uint32_t i
+    if answers.stamp != answers.clock[0]:
+        answers.stamp = answers.clock[0]
+        answers.count = 0
+    for i in range(answers.count):
+        if answers.known[i].address == address:
+            return &answers.known[i]
+    return NULL
+
+
+cdef const uint64_t *word_elsewhere(mem_view_t *view, uint64_t address) noexcept nogil:
+    """A word that is not in RAM of ours, as the embedder gave it. NULL where it has not been asked, and then the
+    question is noted, or where nothing can be read."""
+    cdef answer_t *known
+    cdef int64_t index
+    if view.answers == NULL:
+        return NULL
+    index = source_at(view, address)
+    if index < 0:
+        return NULL
+    known = answer_at(view.answers, address)
+    if known == NULL:
+        view.answers.question = QUESTION_READ
+        view.answers.source = view.map.sources[index]
+        view.answers.address = address
+        return NULL
+    return &known.word if known.readable else NULL
+
+
+cdef void ask_swap(mem_view_t *view, uint64_t address, uint64_t expected, uint64_t desired) noexcept nogil:
+    """Note a swap that the embedder shall make, unless it refused that already: once it was made, the walk that starts
+    over finds the word as it is."""
+    cdef answer_t *known
+    cdef int64_t index
+    if view.answers == NULL:
+        return
+    index = source_at(view, address)
+    if index < 0 or view.map.regions[index].readonly or view.map.sources[index].cas == NULL:
+        return
+    known = answer_at(view.answers, address)
+    if known != NULL and known.swap_refused:
+        return
+    view.answers.question = QUESTION_CAS
+    view.answers.source = view.map.sources[index]
+    view.answers.address = address
+    view.answers.expected = expected
+    view.answers.desired = desired
+
+
+cdef void view_begin(mem_view_t *view, const region_map_t *map, uint64_t epoch) noexcept nogil:
+    """Read through this map from now on."""
+    cdef int level
+    view.map = map
+    view.epoch = epoch
+    for level in range(5):
+        view.tables[level].size = 0
+    view.output.size = 0
+
+
+cdef bint view_refresh(mem_view_t *view, const memory_t *memory) noexcept nogil:
+    """Take over a newer map; False if there is none. Regions only come while a user is there: hits stay right."""
+    cdef uint64_t epoch = load64(&memory.epoch)
+    if view.map != NULL and view.epoch == epoch:
+        return False
+    view_begin(view, <const region_map_t *>load_pointer(<void *const *>&memory.map), epoch)
+    return True
+
+
+cdef region_map_t *new_map(uint32_t count) noexcept nogil:
+    """An empty map with room for ``count`` regions, or NULL."""
+    cdef region_map_t *map = <region_map_t *>malloc(
+        sizeof(region_map_t) + count * (sizeof(region_t) + sizeof(desc_source_t)))
+    if map != NULL:
+        map.count = count
+        map.regions = <region_t *>(map + 1)
+        map.sources = <desc_source_t *>(map.regions + count)
+    return map
+
+
+cdef const region_t *region_over(const region_map_t *map, uint64_t start, uint64_t size) noexcept nogil:
+    """A region that overlaps [start, start + size), or NULL."""
+    cdef uint32_t i
+    for i in range(map.count):
+        if start < map.regions[i].start + map.regions[i].size and map.regions[i].start < start + size:
+            return &map.regions[i]
+    return NULL
+
+
+cdef region_map_t *map_with(const region_map_t *map, const region_t *region,
+                            const desc_source_t *source) noexcept nogil:
+    """A copy with one more region, or NULL; ``source`` may be NULL."""
+    cdef uint32_t i, at = 0
+    cdef region_map_t *more = new_map(map.count + 1)
+    if more == NULL:
+        return NULL
+    while at < map.count and map.regions[at].start < region.start:
+        at += 1
+    for i in range(map.count):
+        more.regions[i if i < at else i + 1] = map.regions[i]
+        more.sources[i if i < at else i + 1] = map.sources[i]
+    more.regions[at] = region[0]
+    memset(&more.sources[at], 0, sizeof(desc_source_t))
+    if source != NULL:
+        more.sources[at] = source[0]
+    return more
+
+
+cdef region_map_t *map_without(const region_map_t *map, uint32_t index) noexcept nogil:
+    """A copy without one region, or NULL."""
+    cdef uint32_t i
+    cdef region_map_t *fewer = new_map(map.count - 1)
+    if fewer == NULL:
+        return NULL
+    for i in range(fewer.count):
+        fewer.regions[i] = map.regions[i if i < index else i + 1]
+        fewer.sources[i] = map.sources[i if i < index else i + 1]
+    return fewer
 
 
 cdef class _SparseBacking:
@@ -78,15 +209,6 @@ cdef class _BufferBacking:
             PyBuffer_Release(&self.view)
 
 
-cdef region_map_t *new_map(uint32_t count) except NULL:
-    cdef region_map_t *map = <region_map_t *>malloc(sizeof(region_map_t) + count * sizeof(region_t))
-    if map == NULL:
-        raise MemoryError("region list")
-    map.count = count
-    map.regions = <region_t *>(map + 1)
-    return map
-
-
 cdef class _RetiredMap:
     cdef region_map_t *map
 
@@ -105,17 +227,20 @@ cdef class GuestMemory:
     """
 
     def __cinit__(self):
-        self.map = new_map(0)
+        self.c.map = new_map(0)
+        if self.c.map == NULL:
+            raise MemoryError("region list")
         self.owners = []
         self.retired = []
         self.lock = threading.Lock()
 
     def __dealloc__(self):
-        free(self.map)
+        free(self.c.map)
 
     cdef void pin(self, mem_view_t *view) noexcept:
         """Start using the current map from a thread without the GIL; pair with ``unpin``."""
         fetch_add32(&self.users, 1)
+        view.answers = NULL
         view.map = NULL
         self.refresh(view)
 
@@ -123,23 +248,13 @@ cdef class GuestMemory:
         fetch_add32(&self.users, <uint32_t>-1)
 
     cdef bint refresh(self, mem_view_t *view) noexcept nogil:
-        """Take over a newer map; False if there is none. Regions only come while a user is there: hits stay right."""
-        cdef uint64_t epoch = load64(&self.epoch)
-        cdef int level
-        if view.map == NULL or view.epoch != epoch:
-            view.map = <const region_map_t *>load_pointer(<void *const *>&self.map)
-            view.epoch = epoch
-            for level in range(5):
-                view.tables[level].size = 0
-            view.output.size = 0
-            return True
-        return False
+        return view_refresh(view, &self.c)
 
     cdef int publish(self, region_map_t *map) except -1:
         cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)
-        old.map = self.map
-        store_pointer(<void **>&self.map, map)
-        store64(&self.epoch, self.epoch + 1)
+        old.map = self.c.map
+        store_pointer(<void **>&self.c.map, map)
+        store64(&self.c.epoch, self.c.epoch + 1)
         self.retired.append(old)
         if fetch_add32(&self.users, 0) == 0:            # a full barrier between the new map and the look at its users
             self.retired.clear()
@@ -196,41 +311,37 @@ cdef class GuestMemory:
             raise ValueError(f"region [{cipa:#x}, {cipa + size:#x}) reaches beyond 52 bits")
 
     def _check_overlap(self, uint64_t cipa, size):
-        cdef uint32_t i
-        for i in range(self.map.count):
-            start, end = self.map.regions[i].start, self.map.regions[i].start + self.map.regions[i].size
-            if cipa < end and start < cipa + size:
-                raise ValueError(f"region [{cipa:#x}, {cipa + size:#x}) overlaps [{start:#x}, {end:#x})")
+        cdef const region_t *other = region_over(self.c.map, cipa, size)
+        if other != NULL:
+            raise ValueError(f"region [{cipa:#x}, {cipa + size:#x}) overlaps "
+                             f"[{other.start:#x}, {other.start + other.size:#x})")
 
     cdef int insert(self, const region_t *region, object owner) except -1:
-        cdef uint32_t i, at = 0, count = self.map.count
-        cdef region_map_t *map = new_map(count + 1)
-        while at < count and self.map.regions[at].start < region.start:
+        cdef uint32_t at = 0
+        cdef region_map_t *map = map_with(self.c.map, region, NULL)
+        if map == NULL:
+            raise MemoryError("region list")
+        while map.regions[at].start != region.start:
             at += 1
-        for i in range(at):
-            map.regions[i] = self.map.regions[i]
-        map.regions[at] = region[0]
-        for i in range(at, count):
-            map.regions[i + 1] = self.map.regions[i]
         self.owners.insert(at, owner)
         return self.publish(map)
 
     def remove(self, cipa):
         """Remove the region that starts at ``cipa``; ``ValueError`` if none does or if it is in use."""
-        cdef uint32_t i, at = 0, count
+        cdef uint32_t at = 0, count
         cdef uint64_t start = as_u64(cipa, "cipa")
         cdef region_map_t *map
         with self.lock:
-            count = self.map.count
-            while at < count and self.map.regions[at].start != start:
+            count = self.c.map.count
+            while at < count and self.c.map.regions[at].start != start:
                 at += 1
             if at == count:
                 raise ValueError(f"no region starts at {cipa:#x}")
             if load32(&self.users):
                 raise ValueError(f"region at {cipa:#x} is in use by an engine or a running walk")
-            map = new_map(count - 1)
-            for i in range(count - 1):
-                map.regions[i] = self.map.regions[i if i < at else i + 1]
+            map = map_without(self.c.map, at)
+            if map == NULL:
+                raise MemoryError("region list")
             del self.owners[at]
             self.publish(map)
 
@@ -238,8 +349,8 @@ cdef class GuestMemory:
         """Host address of ``cipa`` and how many of the ``wanted`` bytes are there."""
         cdef uint32_t i
         cdef region_t *region
-        for i in range(self.map.count):
-            region = &self.map.regions[i]
+        for i in range(self.c.map.count):
+            region = &self.c.map.regions[i]
             if cipa >= region.start and cipa - region.start < region.size:
                 if region.device:
                     raise ValueError(f"{cipa:#x} is in a device region")
@@ -304,9 +415,9 @@ cdef class GuestMemory:
         """The regions, sorted by start: tuple of ``Region(start, size, readonly, device)``."""
         cdef uint32_t i
         with self.lock:
-            return tuple([Region(self.map.regions[i].start, self.map.regions[i].size,
-                                 bool(self.map.regions[i].readonly), bool(self.map.regions[i].device))
-                          for i in range(self.map.count)])
+            return tuple([Region(self.c.map.regions[i].start, self.c.map.regions[i].size,
+                                 bool(self.c.map.regions[i].readonly), bool(self.c.map.regions[i].device))
+                          for i in range(self.c.map.count)])
 
     def load_tables(self, snapshot, which="auto"):
         """Load a capture's table pages at their addresses, with RAM around them -> ``Capture``.

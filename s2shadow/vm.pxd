@@ -191,6 +191,7 @@ ctypedef struct vm_t:
     uint64_t canonical_leaves
     tlbi_counts_t tlbis[5]      # by tlbi_class_t
     uint32_t evict_hand
+    uint64_t guest_clock        # changes with every TLBI and every change of L1's memory that is made under the lock
 
 
 cdef inline void forget_guest_path(vcpu_t *vcpu) noexcept nogil:

@@ -19,7 +19,8 @@ from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport load64, prefetch
 from s2shadow.config cimport Stage2Config, fault_text
 from s2shadow.memory cimport (
-    CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, find_tables, mem_view_t, read_desc, region_t,
+    CAS_REFUSED, GuestMemory, ask_swap, cas_desc, cas_result_t, find_tables, mem_view_t, read_desc, region_t,
+    word_elsewhere,
 )
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
@@ -237,6 +238,22 @@ cdef inline request_t walk_abort(walk_state_t *state, request_t refused, walk_t 
     return WALK_DONE
 
 
+cdef request_t answer_elsewhere(mem_view_t *view, const s2_config_t *config, walk_state_t *state, request_t request,
+                                walk_t *out) noexcept nogil:
+    """Where no RAM of ours answered: from what the embedder said. Where it has not been asked yet, the question is
+    noted, and the walk ends as if there were nothing: it starts over with the answer at hand."""
+    cdef const uint64_t *word
+    if request == WALK_READ:
+        word = word_elsewhere(view, state.address)
+        if word != NULL:
+            return walk_take(config, state, byteswap64(word[0]) if config.big_endian else word[0], out)
+    elif config.big_endian:
+        ask_swap(view, state.address, byteswap64(state.expected), byteswap64(state.desired))
+    else:
+        ask_swap(view, state.address, state.expected, state.desired)
+    return walk_abort(state, request, out)
+
+
 cdef inline request_t answer_from(mem_view_t *view, const s2_config_t *config, walk_state_t *state, request_t request,
                                   walk_t *out) noexcept nogil:
     """Give the walk what it wants from L1's memory."""
@@ -244,12 +261,12 @@ cdef inline request_t answer_from(mem_view_t *view, const s2_config_t *config, w
     cdef cas_result_t swapped
     if request == WALK_READ:
         if not read_desc(view, state.level, state.address, config.big_endian, &desc):
-            return walk_abort(state, request, out)
+            return answer_elsewhere(view, config, state, request, out)
         return walk_take(config, state, desc, out)
     desc = state.expected
     swapped = cas_desc(view, state.level, state.address, config.big_endian, &desc, state.desired)
     if swapped == CAS_REFUSED:
-        return walk_abort(state, request, out)
+        return answer_elsewhere(view, config, state, request, out)
     return walk_swapped(config, state, desc, out)
 
 

@@ -1,0 +1,3 @@
+_C_API: object
+
+def get_include() -> str: ...
