@@ -1,5 +1,6 @@
-"""What the sdist and the wheel in a folder hold, and what they must not: python3 check_dist.py FOLDER."""
+"""What the sdist and the wheel in a folder hold, and what they must not: python3 check_dist.py FOLDER [WHEEL]."""
 
+import re
 import sys
 import tarfile
 import zipfile
@@ -7,7 +8,7 @@ from pathlib import Path
 
 folder = Path(sys.argv[1])
 (sdist,) = folder.glob("*.tar.gz")
-(wheel,) = folder.glob("*.whl")
+(wheel,) = map(Path, sys.argv[2:3]) if len(sys.argv) > 2 else folder.glob("*.whl")
 with tarfile.open(sdist) as archive:
     # the first component is the release's own folder
     source = {name.partition("/")[2] for name in archive.getnames()}
@@ -40,6 +41,13 @@ expect(not having(sizes, ".pyx", ".c", ".pyc"), f"wheel holds sources: {having(s
 foreign = sorted(name for name in sizes if not name.startswith(("s2shadow/", "s2shadow-")))
 expect(not foreign, f"wheel holds foreign files: {foreign[:5]}")
 expect("s2shadow/py.typed" in sizes, "wheel lacks py.typed")
+# what an embedder compiles against: headers, and .pxd for cimport
+public = {name for name in having(source, ".h", ".pxd", ".pc") if name.startswith("s2shadow/")}
+expect(public <= set(sizes), f"wheel lacks {sorted(public - set(sizes))[:5]}")
+expect(not any("/tests/" in name or Path(name).name.startswith("test_") for name in sizes), "wheel holds tests")
+version = re.search(r"^Version: (.+)$", metadata, re.MULTILINE)[1]
+for archive_name in (sdist.name, wheel.name):
+    expect(archive_name.startswith(f"s2shadow-{version}"), f"{archive_name}: the metadata says {version}")
 expect(having(sizes, "/licenses/LICENSE"), "wheel lacks the licence")
 data = sum(size for name, size in sizes.items() if name.startswith("s2shadow/data/"))
 expect(data > 0, "wheel lacks the shipped capture")
