@@ -91,7 +91,9 @@ class ReplayConfig:
     """A replay. ``trace``: capture folder or file; ``role`` None: from the capture and its events.
 
     ``memory``: snapshot whose tables are L1's at the start, for a trace without snapshots of its own. ``vcpus``: CPUs
-    of L1, None: from the trace. ``contexts``: shadow contexts, None: 2 per vCPU as Linux has.
+    of L1, None: from the trace. ``contexts``: shadow contexts, None: 2 per vCPU as Linux has. ``memslots``: those that
+    the trace does not show. ``teardown``: policies, None for all; ``tlbi``: ``"exact"`` or ``"kvm72"``. ``ValueError``
+    for values that are none of these.
     """
 
     trace: str | os.PathLike[str]
@@ -120,10 +122,12 @@ class ReplayConfig:
 
     @property
     def slots(self) -> Memslots:
+        """``memslots``, to look host addresses up in."""
         return Memslots(self.memslots)
 
     @property
     def policies(self) -> tuple[str, ...]:
+        """The policies to replay under, each once."""
         return tuple(dict.fromkeys(self.teardown or POLICIES))
 
 
@@ -177,11 +181,13 @@ class Session:
         self.notified: dict[int, tuple[int, int]] = {}
 
     def lanes(self, mem: GuestMemory, vcpus: int, features: Features, populate: Any) -> Lanes:
+        """Engines for one more L1, one per policy."""
         made = Lanes(self.tallies, self.config.tlbi, mem, vcpus, self.config.contexts, features, populate)
         self.machines.append(made)
         return made
 
     def note(self, text: str) -> None:
+        """Keep a remark for the report, once."""
         self.notes[text] = None
 
     def note_text(self, index: int) -> str:
@@ -215,6 +221,7 @@ class Session:
         self.last_time = int(rows["time"][-1])
 
     def tick(self, time: int) -> None:
+        """Add a point to the time line; ``time`` in nanoseconds of the trace."""
         live = [0] * len(self.tallies)
         for machine in self.machines:
             for lane, count in zip(machine.shown, machine.live(), strict=True):

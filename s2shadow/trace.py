@@ -116,10 +116,12 @@ class TraceReader(Tally):
 
     @property
     def events(self) -> dict[str, int]:
+        """How many of each event there were, by its name in the trace, the most frequent first."""
         return {name.decode(errors="replace"): count for name, count in self.names.most_common()}
 
     @property
     def unused(self) -> dict[str, int]:
+        """Those of ``events`` that become no rows."""
         used = shapes(self._page).keys() | CSV_KINDS.keys()
         return {name.decode(errors="replace"): n for name, n in self.names.most_common() if name not in used}
 
@@ -434,6 +436,7 @@ class VMNumbers:
         return events
 
     def number_part(self, rows: Events) -> None:
+        """Number rows in place, between two ``DESTROY`` of the same root."""
         open_ = rows["vm"] == UNKNOWN
         with_root = np.flatnonzero(open_ & (rows["root"] != 0))
         roots, first, which = np.unique(rows["root"][with_root], return_index=True, return_inverse=True)
