@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import sysconfig
 from importlib import metadata
 from pathlib import Path
 
@@ -71,6 +72,23 @@ def test_import_is_quick():
     # beyond numpy's own time; the best of three, since a busy machine only ever adds
     code = "import numpy, time; t = time.perf_counter(); import s2shadow; print(time.perf_counter() - t)"
     assert min(float(run_python(code)[0]) for _ in range(3)) < 0.25
+
+
+def test_generated_code_declares_the_gil_slot():
+    """A module without Py_mod_gil switches the GIL on again on a free-threaded interpreter (PEP 703)."""
+    generated = [path for path in ROOT.glob("build/cython*/s2shadow/*") if path.suffix in (".c", ".cpp")]
+    if not generated:
+        pytest.skip("not built here: the generated C is elsewhere")
+    for path in generated:
+        text = path.read_text()
+        assert "{Py_mod_gil, __Pyx_FREETHREADING_COMPATIBLE}" in text, path
+        assert re.search(r"#define __Pyx_FREETHREADING_COMPATIBLE Py_MOD_GIL_NOT_USED\b", text), path
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="not a free-threaded interpreter")
+def test_imports_leave_the_gil_off():
+    modules = ", ".join(f"s2shadow.{path.name.partition('.')[0]}" for path in PACKAGE.glob("*.so"))
+    assert run_python(f"import sys, {modules}; print(sys._is_gil_enabled())") == ["False"]
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
