@@ -1,6 +1,7 @@
 """Sphinx: ``sphinx-build -W -b html docs OUT``, with the dependency group "docs" and s2shadow installed."""
 
 import os
+import re
 from importlib.metadata import version as installed_version
 
 # docstrings are in the compiled modules; the stubs beside them have none
@@ -11,8 +12,6 @@ author = copyright = "s2shadow contributors"
 version = release = installed_version("s2shadow")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
-nitpicky = True
-nitpick_ignore_regex = [(r"py:.*", r".*")]      # signatures name types of numpy and of typing, which are not linked
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build"]
@@ -28,3 +27,12 @@ html_theme = "furo"
 html_title = f"s2shadow {release}"
 html_show_copyright = False
 pygments_style = "friendly"
+
+
+def without_self(app, what, name, thing, options, signature, returns):
+    """Signatures that Cython embeds name ``self``."""
+    return (re.sub(r"^\(self(, )?", "(", signature), returns) if signature else None
+
+
+def setup(app):
+    app.connect("autodoc-process-signature", without_self)

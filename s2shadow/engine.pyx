@@ -843,7 +843,7 @@ cdef class HostStage2:
         return self.engine.load(addresses, pages, as_u64(vttbr, "vttbr"), as_u64(vtcr, "vtcr"))
 
     def leaves(self):
-        """Every host leaf, sorted by cIPA: ``HOST_LEAF_DTYPE``[n]; ``perm`` is that in force now."""
+        """Every host leaf, sorted by cIPA: ``HOST_LEAF_DTYPE[n]``; ``perm`` is that in force now."""
         return self.engine.host_leaves()
 
     @property
@@ -1024,9 +1024,9 @@ cdef class VCPU:
         return result
 
     def fault_many(self, ipas, access=Access.READ, out=None):
-        """Serve many faults in order: uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released.
+        """Serve many faults in order: uint64[n] -> ``FAULT_DTYPE[n]``; the GIL is released.
 
-        ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE``[n] to write into. Where the
+        ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE[n]`` to write into. Where the
         allocator refuses, the element is NO_MEMORY. An exception from a populate callable stops at that element and
         propagates; the ones before it are done.
         """
@@ -1127,7 +1127,7 @@ cdef class VCPU:
         return result
 
     def translate_many(self, ipas, access=Access.READ, out=None):
-        """``translate`` for uint64[n] -> ``FAULT_DTYPE``[n]; ``access`` and ``out`` as in ``fault_many``, GIL
+        """``translate`` for uint64[n] -> ``FAULT_DTYPE[n]``; ``access`` and ``out`` as in ``fault_many``, GIL
         released."""
         cdef const uint64_t[::1] addresses = as_addresses(ipas)
         cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
@@ -1285,11 +1285,11 @@ cdef class NestedVM:
         return self.engine.contexts()
 
     def shadow(self, index):
-        """The live entries of context ``index``, sorted by IPA: ``SHADOW_DTYPE``[n]; ``ValueError`` for no context."""
+        """The live entries of context ``index``, sorted by IPA: ``SHADOW_DTYPE[n]``; ``ValueError`` for no context."""
         return self.engine.shadow(index)
 
     def reverse(self, cipa):
-        """Every shadow leaf that maps the host page at ``cipa``: ``REVERSE_DTYPE``[n], sorted by context and IPA.
+        """Every shadow leaf that maps the host page at ``cipa``: ``REVERSE_DTYPE[n]``, sorted by context and IPA.
 
         Under policies without a reverse map it is found by a scan of all shadows.
         """
@@ -1312,7 +1312,7 @@ cdef class NestedVM:
         return self.engine.tables(index)
 
     def tlbi_many(self, ops):
-        """Apply TLBIs in order: ``TLBI_OP_DTYPE``[n] -> uint64[n] of leaves removed.
+        """Apply TLBIs in order: ``TLBI_OP_DTYPE[n]`` -> uint64[n] of leaves removed.
 
         ``flags`` bit 0 says that the row's three registers count, else those that the vCPU loaded last. Raises
         ``UndefinedInstruction`` or ``ValueError``, naming the row, before anything is applied.

@@ -308,7 +308,7 @@ def concatenated(arrays: list[Events]) -> Events:
 
 
 def save_events(file: str | os.PathLike[str], events: Events) -> None:
-    """Write ``EVENT_DTYPE``[n] to ``file``, whole or not at all.
+    """Write ``EVENT_DTYPE[n]`` to ``file``, whole or not at all.
 
     By its suffix: ``.parquet`` (needs the extra ``trace``), a column per field, or ``.npz`` with one array
     ``events``. ``read_trace`` and ``load_events`` read both.
@@ -328,7 +328,7 @@ def save_events(file: str | os.PathLike[str], events: Events) -> None:
 
 
 def load_events(file: str | os.PathLike[str]) -> Events:
-    """Read what ``save_events`` wrote, or a file made like it -> ``EVENT_DTYPE``[n]. Raises ``TraceError``."""
+    """Read what ``save_events`` wrote, or a file made like it -> ``EVENT_DTYPE[n]``. Raises ``TraceError``."""
     with opened(file) as stream:
         try:
             data = stream.read()
@@ -393,7 +393,7 @@ def first_line(error: BaseException) -> str:
 
 
 def tlbi_ops(events: Events) -> npt.NDArray[np.void]:
-    """The TLBI rows of the CSV as ``TLBI_OP_DTYPE``[n] for ``vm.tlbi_many``, each with the registers of its row."""
+    """The TLBI rows of the CSV as ``TLBI_OP_DTYPE[n]`` for ``vm.tlbi_many``, each with the registers of its row."""
     rows = events[events["kind"] == EventKind.TLBI]
     ops = np.zeros(len(rows), TLBI_OP_DTYPE)
     ops["flags"] = 1

@@ -706,9 +706,9 @@ def walk(GuestMemory mem not None, Stage2Config cfg not None, ipa, access=Access
 
 def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=Access.READ, bint update=True,
               out=None):
-    """Translate many addresses: uint64[n] -> ``WALK_DTYPE``[n]; the GIL is released.
+    """Translate many addresses: uint64[n] -> ``WALK_DTYPE[n]``; the GIL is released.
 
-    ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE``[n] to write into; it is what is
+    ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE[n]`` to write into; it is what is
     returned then. ``TypeError`` or ``ValueError`` for arrays of another type or shape. Source: as ``walk``.
     """
     cdef const uint64_t[::1] addresses = as_addresses(ipas)

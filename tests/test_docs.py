@@ -5,6 +5,7 @@ clone's folder), ``sh`` (too long to run: the arguments must parse), or a direct
 passed over.
 """
 
+import ast
 import doctest
 import re
 import shlex
@@ -151,17 +152,30 @@ def test_every_public_name_is_in_the_reference():
     assert not missing
 
 
+@pytest.mark.parametrize("name", ["GuestMemory", "NestedVM", "Stage2Config"])
+def test_constructors_have_the_arguments_of_the_stub(name):
+    """Compiled classes do not tell theirs, so the page does."""
+    module = getattr(s2shadow, name).__module__.rpartition(".")[2]
+    stub = ast.parse((Path(s2shadow.__file__).parent / f"{module}.pyi").read_text())
+    (made,) = [inner.args for node in stub.body if isinstance(node, ast.ClassDef) and node.name == name
+               for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name == "__init__"]
+    made.args = made.args[1:]
+    for argument in made.args + made.kwonlyargs:
+        argument.annotation = None
+    assert f".. autoclass:: {name}({ast.unparse(made)})\n" in (DOCS / "api.md").read_text()
+
+
 def test_rooms_know_only_those_before_them():
     """The table of rooms against what the sources cimport."""
     package = ROOT / "s2shadow"
-    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", sections(DOCS / "architecture.md")["The rooms, from the ground up"],
-                      re.MULTILINE)
-    rooms = [re.findall(r"`(\w+)`", row) for row in rows]
+    text = sections(DOCS / "architecture.md")["The rooms, from the ground up"]
+    rooms = [re.findall(r"`(\w+)`", row) for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", text, re.MULTILINE)]
     sources = {path.stem for path in [*package.glob("*.pyx"), *package.glob("*.pxd")] if not path.stem.startswith("_")}
     assert {room for row in rooms for room in row} == sources - {"tracescan"}
     before = set()
     for row in rooms:
         for room in row:
-            text = "".join(path.read_text() for path in (package / f"{room}.pyx", package / f"{room}.pxd") if path.exists())
-            assert set(re.findall(r"^from s2shadow\.(\w+) cimport", text, re.MULTILINE)) <= before | {room}
+            parts = [path.read_text() for path in (package / f"{room}.pyx", package / f"{room}.pxd") if path.exists()]
+            known = set(re.findall(r"^from s2shadow\.(\w+) cimport", "\n".join(parts), re.MULTILINE))
+            assert known <= before | {room}, f"{room} knows {known - before}"
         before |= set(row)
