@@ -26,7 +26,8 @@ def test_version_comes_from_one_place():
     assert s2shadow.__version__ == metadata.version("s2shadow")
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert re.findall(r'^version = "(.+?)"', pyproject, re.MULTILINE) == [s2shadow.__version__]
-    for source in PACKAGE.glob("*.py"):
+    sources = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".pyi", ".pyx", ".pxd", ".h", ".pc")]
+    for source in [*sources, ROOT / "setup.py", ROOT / "docs" / "conf.py"]:
         assert s2shadow.__version__ not in source.read_text(), source
 
 
