@@ -77,7 +77,7 @@ def test_import_is_quick():
 
 def test_generated_code_declares_the_gil_slot():
     """A module without Py_mod_gil switches the GIL on again on a free-threaded interpreter (PEP 703)."""
-    generated = [path for path in ROOT.glob("build/cython*/s2shadow/*") if path.suffix in (".c", ".cpp")]
+    generated = [path for path in ROOT.glob("build/cython*/s2shadow/**/*") if path.suffix in (".c", ".cpp")]
     if not generated:
         pytest.skip("not built here: the generated C is elsewhere")
     for path in generated:
