@@ -1,8 +1,9 @@
 """The pages in docs/: every example runs and prints what the page says, and what the pages list is all there is.
 
 A fence may be ``pycon`` (run by doctest, all of a page in one session), ``console`` (``s2shadow`` commands, run in the
-clone's folder), ``sh`` (too long to run: the arguments must parse), or a directive. Nothing else, so that nothing is
-passed over.
+clone's folder), ``sh`` (too long to run: the arguments must parse), ``python`` (a sketch with parts left out: what it
+imports must be there), or a directive (which may take its text from an example that is tested). Nothing else, so that
+nothing is passed over.
 """
 
 import ast
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
-RUNNABLE = ("pycon", "console", "sh")
+RUNNABLE = ("pycon", "console", "sh", "python")
 
 
 def fences(page, language):
@@ -100,6 +101,29 @@ def test_long_commands_are_possible(page):
         assert (program, *arguments[:1]) == ("pip", "install"), line
         for extra in re.findall(r"\[(.+?)\]", line):
             assert set(extra.split(",")) <= set(extras), line
+
+
+def check_sketch(page, text):
+    names = {}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            exec(compile(ast.Module([node], []), page.name, "exec"), names)
+    assert names, f"{page.name}: a sketch that imports nothing"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+            assert hasattr(names[node.value.id], node.attr), f"{page.name}: {node.value.id}.{node.attr}"
+
+
+def test_sketches_use_what_is_there():
+    for page in PAGES:
+        for text in fences(page, "python"):
+            check_sketch(page, text)
+
+
+def test_included_files_are_there():
+    for page in PAGES:
+        for file in re.findall(r"^`{3,}\{literalinclude\} (\S+)$", page.read_text(), re.MULTILINE):
+            assert (page.parent / file).is_file(), f"{page.name}: {file}"
 
 
 def subparsers():
