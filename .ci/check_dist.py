@@ -41,6 +41,11 @@ expect(not having(sizes, ".pyx", ".c", ".pyc"), f"wheel holds sources: {having(s
 foreign = sorted(name for name in sizes if not name.startswith(("s2shadow/", "s2shadow-")))
 expect(not foreign, f"wheel holds foreign files: {foreign[:5]}")
 expect("s2shadow/py.typed" in sizes, "wheel lacks py.typed")
+expect(having(sizes, "/licenses/LICENSE"), "wheel lacks the licence")
+data = sum(size for name, size in sizes.items() if name.startswith("s2shadow/data/"))
+expect(data > 0, "wheel lacks the shipped capture")
+expect(data <= 2 << 20, f"shipped capture takes {data} bytes of the wheel, over 2 MiB")
+expect("License-Expression: MIT" in metadata, "metadata lacks the licence expression")
 # what an embedder compiles against: headers, and .pxd for cimport
 public = {name for name in having(source, ".h", ".pxd", ".pc") if name.startswith("s2shadow/")}
 expect(public <= set(sizes), f"wheel lacks {sorted(public - set(sizes))[:5]}")
@@ -48,11 +53,6 @@ expect(not any("/tests/" in name or Path(name).name.startswith("test_") for name
 version = re.search(r"^Version: (.+)$", metadata, re.MULTILINE)[1]
 for archive_name in (sdist.name, wheel.name):
     expect(archive_name.startswith(f"s2shadow-{version}"), f"{archive_name}: the metadata says {version}")
-expect(having(sizes, "/licenses/LICENSE"), "wheel lacks the licence")
-data = sum(size for name, size in sizes.items() if name.startswith("s2shadow/data/"))
-expect(data > 0, "wheel lacks the shipped capture")
-expect(data <= 2 << 20, f"shipped capture takes {data} bytes of the wheel, over 2 MiB")
-expect("License-Expression: MIT" in metadata, "metadata lacks the licence expression")
 
 print(f"{sdist.name}: {len(source)} entries; {wheel.name}: {len(sizes)} entries, {sum(sizes.values()) / 1024:.0f} KiB, "
       f"capture {data / 1024:.0f} KiB")

@@ -217,8 +217,7 @@ cdef class GuestMemory:
         return self.publish(map)
 
     def remove(self, cipa):
-        """Remove the region that starts at ``cipa``; ``ValueError`` if none does, or if a ``NestedVM`` or a running
-        walk uses this memory."""
+        """Remove the region that starts at ``cipa``; ``ValueError`` if none does or if it is in use."""
         cdef uint32_t i, at = 0, count
         cdef uint64_t start = as_u64(cipa, "cipa")
         cdef region_map_t *map
