@@ -1,5 +1,6 @@
-"""What the sdist and the wheel in a folder hold, and what they must not: python3 check_dist.py FOLDER."""
+"""What the sdist and the wheel in a folder hold, and what they must not: python3 check_dist.py FOLDER [WHEEL]."""
 
+import re
 import sys
 import tarfile
 import zipfile
@@ -7,7 +8,7 @@ from pathlib import Path
 
 folder = Path(sys.argv[1])
 (sdist,) = folder.glob("*.tar.gz")
-(wheel,) = folder.glob("*.whl")
+(wheel,) = map(Path, sys.argv[2:3]) if len(sys.argv) > 2 else folder.glob("*.whl")
 with tarfile.open(sdist) as archive:
     # the first component is the release's own folder
     source = {name.partition("/")[2] for name in archive.getnames()}
@@ -47,6 +48,13 @@ data = sum(size for name, size in sizes.items() if name.startswith("s2shadow/dat
 expect(data > 0, "wheel lacks the shipped capture")
 expect(data <= 2 << 20, f"shipped capture takes {data} bytes of the wheel, over 2 MiB")
 expect("License-Expression: MIT" in metadata, "metadata lacks the licence expression")
+# what an embedder compiles against: headers, and .pxd for cimport
+public = {name for name in having(source, ".h", ".pxd", ".pc") if name.startswith("s2shadow/")}
+expect(public <= set(sizes), f"wheel lacks {sorted(public - set(sizes))[:5]}")
+expect(not any("/tests/" in name or Path(name).name.startswith("test_") for name in sizes), "wheel holds tests")
+version = re.search(r"^Version: (.+)$", metadata, re.MULTILINE)[1]
+for archive_name in (sdist.name, wheel.name):
+    expect(archive_name.startswith(f"s2shadow-{version}"), f"{archive_name}: the metadata says {version}")
 
 print(f"{sdist.name}: {len(source)} entries; {wheel.name}: {len(sizes)} entries, {sum(sizes.values()) / 1024:.0f} KiB, "
       f"capture {data / 1024:.0f} KiB")

@@ -50,6 +50,9 @@ class CaptureError(ValueError):
 class CapturedVM:
     """One VM of a capture: the registers that its stage 2 runs under, and what its tables hold.
 
+    ``vm`` is its number in the capture; ``vttbr``, ``vtcr`` and ``hcr`` are VTTBR_EL2, VTCR_EL2 and HCR_EL2, and
+    ``vmid``, ``baddr``, ``granule`` (bytes), ``ipa_bits``, ``start_level`` (None where SL0 names none) and
+    ``concatenated`` (start tables side by side) what they decode to under ``features``, the captured machine's.
     ``leaves`` maps a leaf size (``"4K"``) to how many there are; ``tables`` maps a level to its table pages,
     concatenated start tables counting as one (empty where the capture does not say).
     """
@@ -75,7 +78,8 @@ class CapturedVM:
 
 @dataclass(frozen=True, slots=True)
 class NestedTable:
-    """One shadow table that the captured host built: of which L1 table, and how many leaves of each."""
+    """One shadow table that the captured host built. ``vm`` is the number of the L2 in the capture, ``l1_vttbr`` and
+    ``l1_vtcr`` name L1's table, ``shadow_vttbr`` the host's; ``l1_leaves`` and ``shadow_leaves`` count their leaves."""
 
     vm: int
     l1_vttbr: int
@@ -86,7 +90,10 @@ class NestedTable:
 
 
 class HostTable(NamedTuple):
-    """The captured host's own table for L1, in the order that ``vm.host.load(*capture.host)`` takes."""
+    """The captured host's own table for L1, in the order that ``vm.host.load(*capture.host)`` takes.
+
+    ``addresses``: uint64[N] of its table pages; ``pages``: uint8[N, granule]; ``vttbr`` and ``vtcr``: its registers.
+    """
 
     addresses: npt.NDArray[np.uint64]
     pages: npt.NDArray[np.uint8]
@@ -96,7 +103,9 @@ class HostTable(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """What ``load_tables`` found. ``nested`` is empty and ``host`` None unless a guest hypervisor ran."""
+    """What ``load_tables`` found: ``vms``, a tuple of ``CapturedVM``; ``path``, the folder; ``ram``, the RAM around the
+    tables as (start, end) in bytes. ``nested``, a tuple of ``NestedTable``, is empty and ``host``, a ``HostTable``,
+    None unless a guest hypervisor ran."""
 
     vms: tuple[CapturedVM, ...]
     nested: tuple[NestedTable, ...]

@@ -23,7 +23,9 @@ _Combined = namedtuple("Combined", "desc size perm memattr sh guest_level")
 
 
 class Combined(_Combined):
-    """The shadow leaf: descriptor, size in bytes, permission mask, MemAttr[3:0], SH[1:0], level of L1's leaf."""
+    """The shadow leaf: ``desc``, the descriptor (AF set, with the address of its block); ``size`` in bytes; ``perm``, a
+    mask of ``Access``; ``memattr``, MemAttr[3:0]; ``sh``, SH[1:0]; ``guest_level``, of L1's leaf, -2 where its stage 2
+    is off."""
 
     __slots__ = ()
 

@@ -206,8 +206,10 @@ cdef str fault_text(uint8_t fsc):
 
 
 cdef class Stage2Config:
-    """VTTBR_EL2, VTCR_EL2 and HCR_EL2, decoded under ``features``.
+    """VTTBR_EL2, VTCR_EL2 and HCR_EL2, decoded under ``features``: what one stage-2 walk needs to know.
 
+    ``features``, ``vttbr``, ``vtcr`` and ``hcr`` are as given (``features`` None: ``Features()``); ``big_endian`` is
+    SCTLR_EL2.EE, ``s2pir`` S2PIR_EL2. What is no 64-bit number is a ``TypeError`` or ``ValueError``.
     Nothing that L1 can write raises: an illegal configuration shows in ``error``. A T0SZ outside the limits
     faults (it is never clamped); a reserved or unadvertised TG0 acts as the smallest advertised granule; a
     reserved PS acts as 52 bits; bits of absent features are RES0. Source: Arm ARM, VTCR_EL2 and VTTBR_EL2.

@@ -8,8 +8,11 @@ __all__ = ["Access", "Kind", "HCR_VM", "HCR_PTW", "HCR_DC", "HCR_CD", "HCR_FWB",
 
 
 class Access(IntFlag):
-    """What an access does, and what a leaf permits. ``EL0`` and ``PTW`` qualify an access;
-    ``EXEC_EL0`` appears only in permissions, where ``EXEC`` stands for EL1."""
+    """What an access does, and what a leaf permits: ``READ``, ``WRITE``, ``EXEC``.
+
+    ``EL0`` (unprivileged) and ``PTW`` (a stage-1 table walk) qualify an access; ``EXEC_EL0`` appears only in
+    permissions, where ``EXEC`` stands for EL1. Several of READ, WRITE and EXEC must all be allowed.
+    """
 
     READ = 1
     WRITE = 2
@@ -20,7 +23,13 @@ class Access(IntFlag):
 
 
 class Kind(IntEnum):
-    """How a fault was answered (``FAULT_DTYPE['kind']``). MISS comes from ``translate`` only."""
+    """How a fault was answered (``FAULT_DTYPE['kind']``).
+
+    ``HIT``: a live entry allows it. ``MAPPED``: an entry was installed, replaced or relaxed. ``L1_FAULT``: L1's tables
+    forbid it, and L1 gets the fault. ``HOST_FAULT``: the host has no leaf there, or one without the permission.
+    ``MMIO``: outside RAM, or a write to read-only memory. ``RETRY``: an invalidation got in between. ``NO_MEMORY``: the
+    allocator refused. ``MISS``: no entry that allows it; from ``translate`` only.
+    """
 
     HIT = 0
     MAPPED = 1

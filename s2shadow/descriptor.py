@@ -17,7 +17,7 @@ SOFTWARE = 0xF << 55
 
 @dataclass(frozen=True, slots=True)
 class WalkLevel:
-    """One level of a walk.
+    """One level of a walk: ``level``, -1 to 3.
 
     ``table``, ``index``, ``address``: where the descriptor is; ``desc`` its value in host byte order, None where
     memory does not answer. ``kind``: ``invalid``, ``reserved`` (an encoding that this level does not have),

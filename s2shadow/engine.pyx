@@ -113,8 +113,9 @@ class InvariantError(AssertionError):
 
 
 cdef class Invalidation:
-    """Shadow leaves that a host change dropped, and its number: the host page may be reused once every row of
-    ``take_tlbis()`` with ``seq`` up to ``ticket`` has been applied. Unpacks into the two."""
+    """What a host change did: ``leaves`` is how many shadow leaves it dropped, ``ticket`` its number. The host page may
+    be reused once every row of ``vm.take_tlbis()`` with ``seq`` up to ``ticket`` has been applied. Unpacks into the
+    two; leaves that were only narrowed do not count."""
 
     cdef readonly uint64_t leaves
     cdef readonly uint64_t ticket
@@ -145,14 +146,22 @@ cdef Invalidation invalidation(const change_t *change):
 
 
 class TlbiResult(namedtuple("TlbiResult", "name removed required contexts")):
-    """What one TLBI did: leaves removed, leaves that had to go, contexts that it named."""
+    """What one TLBI did: the operation's ``name``, shadow leaves ``removed``, those of them that were ``required`` by
+    the architecture, and how many ``contexts`` it named."""
 
     __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """One shadow context as it is now; ``vmid``, ``vttbr`` and ``vtcr`` are L1's, the ``host_`` fields L0's."""
+    """One shadow context as it was when asked for.
+
+    ``index`` in the pool; ``vmid``, ``vttbr`` and ``vtcr`` as L1 wrote them; ``enabled``: L1's stage 2 is on.
+    ``host_vmid``, ``host_vttbr``, ``host_vtcr`` and ``host_hcr`` are the registers under which hardware, or another
+    walker, uses the shadow. ``entries``: live leaves; ``table_bytes``: of its tables; ``refs``: vCPUs that have it
+    loaded. Source: struct kvm_s2_mmu and get_s2_mmu_nested of Linux; the key is wider than Linux's by EE, FWB, CD and
+    S2PIR.
+    """
 
     index: int
     vmid: int
@@ -172,17 +181,24 @@ class Context:
 
 
 class TlbiCounters(namedtuple("TlbiCounters", "operations contexts removed required")):
-    """Of one class of TLBI: how many there were, contexts that they named, leaves removed, leaves that had to go."""
+    """Of one class of TLBI: how many ``operations`` there were, ``contexts`` that they named, leaves ``removed``, and
+    leaves that were ``required`` to go."""
 
     __slots__ = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stats:
-    """Counters of a ``NestedVM`` since it was made, and what it holds now (``live``, ``host_leaves``, ``*_bytes``).
+    """Counters of a ``NestedVM`` since it was made, and what it holds now.
 
-    ``kernel_steps``: steps that Linux would have made through the input space of contexts that it empties (the engine
-    makes none). ``unknown_unmaps``: contexts that a host change emptied since their interval map did not know better.
+    Faults: ``faults``, and of them ``hits``, ``mapped``, ``l1_faults``, ``host_faults``, ``mmio``, ``retries`` and
+    ``no_memory``, by ``Kind``. Shadow leaves: ``installed`` and ``removed`` (their difference is ``live``), ``relaxed``
+    in place (a permission added), ``replaced`` by another leaf, ``narrowed`` by a host change. ``invalidations``: host
+    changes. ``kernel_steps``: steps that Linux would have made through the input space of contexts that it empties (the
+    engine makes none). ``unknown_unmaps``: contexts that a host change emptied since their interval map did not know
+    better. ``contexts_recycled``: contexts that got another key; ``evictions``: contexts or tables that went for room.
+    Now: ``live`` shadow leaves, ``host_leaves``; bytes of all tables (``table_bytes``), of reverse-map links
+    (``link_bytes``), of heads and radix nodes or interval maps (``rmap_bytes``), and of all three (``memory_bytes``).
     ``tlbis`` has ``TlbiCounters`` by class of operation: IPA, RANGE, VMALLS12, ALL, STAGE1.
     """
 
@@ -214,7 +230,7 @@ class Stats:
 
     @property
     def reverse_map_bytes_per_entry(self):
-        """Heads, links and radix nodes, or nodes of the interval maps, for each live leaf; 0 where there is none."""
+        """Bytes of heads, links and radix nodes, or of interval maps, for each live leaf; 0.0 where there is none."""
         return (self.link_bytes + self.rmap_bytes) / self.live if self.live else 0.0
 
 
@@ -743,7 +759,12 @@ cdef class _Engine:
 
 
 cdef class HostStage2:
-    """The host's (canonical) stage 2: ``vm.host``."""
+    """The host's (canonical) stage 2, cIPA to PA: ``vm.host``.
+
+    Addresses and sizes are bytes, aligned to the host's granule and below 2^pa_bits; ``perm`` is ``"rwx"`` text or a
+    mask of ``Access``, ``memattr`` a name or MemAttr[3:0] as in ``HostMapping``. Source: kvm_pgtable_stage2_map and its
+    neighbours in Linux.
+    """
 
     cdef _Engine engine
 
@@ -751,15 +772,17 @@ cdef class HostStage2:
         """Map [cipa, cipa + size) to ``pa`` on in the largest blocks that fit -> ``Invalidation``.
 
         Over a live range it is a change: shadow leaves over it are dropped. An identical mapping changes nothing.
-        ``ValueError`` for unaligned or out-of-range addresses, ``MemoryError`` (nothing changed) over the bound.
+        ``ValueError`` for unaligned or out-of-range addresses, for an unknown ``perm`` or ``memattr``; ``MemoryError``
+        (nothing changed) over the bound.
         """
         return self.engine.map(as_u64(cipa, "cipa"), as_u64(pa, "pa"), as_u64(size, "size"), perm, memattr)
 
     def protect(self, start, end, perm):
         """Give what is mapped in [start, end) the permissions ``perm`` -> ``Invalidation``.
 
-        Host blocks partly covered are split. Where a permission is reduced, shadow leaves inside are narrowed and
-        those that stick out are dropped.
+        Host blocks partly covered are split, if their permissions differ from ``perm``; what is not mapped stays so.
+        Where a permission is reduced, shadow leaves inside are narrowed and those that stick out are dropped.
+        ``ValueError`` for bounds that are not host-page aligned, and for an unknown ``perm``.
         """
         return self.engine.protect(as_u64(start, "start"), as_u64(end, "end"), perm)
 
@@ -772,7 +795,7 @@ cdef class HostStage2:
         return self.engine.load(addresses, pages, as_u64(vttbr, "vttbr"), as_u64(vtcr, "vtcr"))
 
     def leaves(self):
-        """Every host leaf, sorted: array of cipa u8, pa u8, size u8, perm u1 (in force now), memattr u1."""
+        """Every host leaf, sorted by cIPA: ``HOST_LEAF_DTYPE[n]``; ``perm`` is that in force now."""
         return self.engine.host_leaves()
 
     @property
@@ -793,48 +816,59 @@ cdef class HostStage2:
 
 
 cdef class Fault:
-    """The answer to one fault: the fields of ``FAULT_DTYPE`` as attributes; ``kind`` is a ``Kind``."""
+    """The answer to one fault or to ``translate``: the fields of ``FAULT_DTYPE`` as attributes. Addresses and sizes are
+    bytes. Source: kvm_handle_guest_abort of Linux, for which of the answers a fault gets."""
 
     cdef fault_t c
 
     @property
     def kind(self):
+        """How it was answered: a ``Kind``."""
         return Kind(self.c.kind)
 
     @property
     def fsc(self):
+        """For L1_FAULT what to put into L1's ESR_EL2 (DFSC or IFSC, level included), for MMIO 0x10; else 0."""
         return self.c.fsc
 
     @property
     def level(self):
+        """Level of L1's leaf, or of the fault, -1 to 3; -2 where L1's stage 2 is off."""
         return self.c.level
 
     @property
     def perm(self):
+        """Permissions of the shadow entry: a mask of READ, WRITE, EXEC (EL1) and EXEC_EL0."""
         return self.c.perm
 
     @property
     def context(self):
+        """``Context.index`` of the context that served it."""
         return self.c.context
 
     @property
     def ipa(self):
+        """The address of the access, in L2's physical space."""
         return self.c.ipa
 
     @property
     def cipa(self):
+        """Canonical IPA of ``ipa``, in L1's physical space; 0 where it is not known."""
         return self.c.cipa
 
     @property
     def pa(self):
+        """Host physical address of ``ipa`` on HIT and MAPPED, else 0."""
         return self.c.pa
 
     @property
     def size(self):
+        """Bytes of the shadow entry; 0 without one."""
         return self.c.size
 
     @property
     def hpfar(self):
+        """HPFAR_EL2 of the access: IPA[55:12] in bits 47:4; always filled."""
         return self.c.hpfar
 
     def __repr__(self):
@@ -847,7 +881,12 @@ cdef class Fault:
 
 
 cdef class VCPU:
-    """One virtual CPU of L1: ``vm.vcpus[i]``. One thread at a time; a second one gets a ``RuntimeError``."""
+    """One virtual CPU of L1: ``vm.vcpus[i]``; ``index`` is i. One thread at a time; a second one gets a
+    ``RuntimeError``.
+
+    Registers are 64-bit numbers, addresses bytes; anything else is a ``ValueError`` or ``TypeError`` that names the
+    argument. ``fault``, ``translate`` and their batches raise ``RuntimeError`` while no context is loaded.
+    """
 
     cdef _Engine engine
     cdef vcpu_t *c
@@ -877,6 +916,8 @@ cdef class VCPU:
         """L1 entered L2 with these registers: take the context that they name, or recycle one -> ``Context``.
 
         Never raises for what L1 wrote: an illegal configuration is a context whose every fault is an L1_FAULT.
+        ``hcr``: HCR_EL2, of which VM, DC, CD, FWB and PTW count; ``big_endian``: SCTLR_EL2.EE; ``s2pir``: S2PIR_EL2.
+        Source: get_s2_mmu_nested of Linux.
         """
         cdef s2_config_t config
         cdef uint64_t vttbr_ = as_u64(vttbr, "vttbr"), vtcr_ = as_u64(vtcr, "vtcr"), hcr_ = as_u64(hcr, "hcr")
@@ -903,7 +944,11 @@ cdef class VCPU:
             self.leave()
 
     def fault(self, ipa, access=Access.READ):
-        """Serve one stage-2 fault of L2 -> ``Fault``; ``MemoryError`` when the allocator refuses."""
+        """Serve one stage-2 fault of L2 at ``ipa`` -> ``Fault``; ``MemoryError`` when the allocator refuses.
+
+        ``access`` is a mask of ``Access``: what the access does. An exception from a populate callable propagates.
+        Source: kvm_handle_guest_abort of Linux; the walk of L1's tables is that of ``walk``.
+        """
         cdef Fault result = Fault.__new__(Fault)
         cdef uint64_t address = as_u64(ipa, "ipa")
         cdef uint8_t mask = as_access(access)
@@ -917,10 +962,11 @@ cdef class VCPU:
         return result
 
     def fault_many(self, ipas, access=Access.READ, out=None):
-        """Serve many faults in order: uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released.
+        """Serve many faults in order: uint64[n] -> ``FAULT_DTYPE[n]``; the GIL is released.
 
-        ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE``[n] to write into. An
-        exception from a populate callable stops at that element and propagates; the ones before it are done.
+        ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE[n]`` to write into. Where the
+        allocator refuses, the element is NO_MEMORY. An exception from a populate callable stops at that element and
+        propagates; the ones before it are done.
         """
         cdef const uint64_t[::1] addresses = as_addresses(ipas)
         cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
@@ -991,7 +1037,10 @@ cdef class VCPU:
         return 0
 
     def translate(self, ipa, access=Access.READ):
-        """What the hardware would find in the shadow -> ``Fault`` of kind HIT or MISS. Changes nothing."""
+        """What the hardware would find in the shadow -> ``Fault`` of kind HIT or MISS. Changes nothing.
+
+        An entry with AF clear, or without the permission, is a MISS.
+        """
         cdef Fault result = Fault.__new__(Fault)
         cdef uint64_t address = as_u64(ipa, "ipa")
         cdef uint8_t mask = as_access(access)
@@ -1002,7 +1051,8 @@ cdef class VCPU:
         return result
 
     def translate_many(self, ipas, access=Access.READ, out=None):
-        """``translate`` for uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released."""
+        """``translate`` for uint64[n] -> ``FAULT_DTYPE[n]``; ``access`` and ``out`` as in ``fault_many``, GIL
+        released."""
         cdef const uint64_t[::1] addresses = as_addresses(ipas)
         cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
         cdef Py_ssize_t n = addresses.shape[0], at = 0, step, stride = 1 if masks.shape[0] > 1 else 0
@@ -1027,10 +1077,11 @@ cdef class VCPU:
     def tlbi(self, op, xt=0, vttbr=None, vtcr=None, hcr=None):
         """L1 issued a TLBI -> ``TlbiResult(name, removed, required, contexts)``.
 
-        ``op`` is a name, (op1, CRn, CRm, op2) or a 32-bit SYS word. The registers are those that were in force when
-        L1 issued it; None stands for what this vCPU loaded last. No context is acquired. Stage-1 operations remove
-        no leaf; what they ask of the hardware is owed (``take_tlbis``). ``UndefinedInstruction`` for what does not
-        exist or what the features lack.
+        ``op`` is a name, (op1, CRn, CRm, op2) or a 32-bit SYS word. The registers are those that were in force when L1
+        issued it; None stands for what this vCPU loaded last. No context is acquired. Stage-1 operations remove no
+        leaf; what they ask of the hardware is owed (``take_tlbis``). ``UndefinedInstruction`` for what does not exist
+        or what the features lack. Source: Arm ARM, TLBI; under ``tlbi="kvm72"`` handle_ipas2e1is, handle_ripas2e1is,
+        handle_vmalls12e1is, handle_alle1is and compute_tlb_inval_range of Linux 7.2.
         """
         cdef vm_t *vm = &self.engine.vm
         cdef tlbi_op_t found
@@ -1055,18 +1106,20 @@ cdef class VCPU:
 cdef class NestedVM:
     """A VM whose guest is a hypervisor: shadow stage-2 contexts over L1's memory, and the host's stage 2 under it.
 
-    ``mem`` stays in use as long as the VM lives. ``contexts`` is the size of the pool (None: 2 per vCPU).
-    ``teardown``: what a host change does to the shadows: ``"reverse-map"`` drops exactly the leaves that map the
-    range, ``"blow-away"`` every leaf of every context as Linux 7.2, ``"blow-away-lean"`` whole tables.
-    ``"interval-map"`` is what was proposed for Linux in 2026: each context has an ordered map from canonical ranges to
-    the nested range that maps them. Where two of its leaves overlap there (an alias, a page of a block mapped
-    elsewhere) it no longer knows, and a host change drops that whole context. The proposal is for removals only:
-    taking permissions (``protect``, dirty logging) narrows every leaf of every context, and ``age`` looks at the
-    host's leaves, both as under blow-away.
-    ``tlbi``: ``"exact"`` removes what the architecture asks for, ``"kvm72"`` what Linux 7.2 removes.
-    ``attributes``: ``"architectural"`` or ``"kvm72"`` (L1's memory attributes ignored). ``max_table_bytes`` bounds
-    tables, links and heads: cold contexts and leaf tables are evicted. ``table_base`` is the simulated physical
-    address of the tables. ``track_tlbis`` keeps the queue of owed TLB maintenance.
+    ``mem`` stays in use as long as the VM lives. ``vcpus`` is how many vCPUs L1 has; as an attribute, the ``VCPU``
+    tuple. ``contexts`` is the size of the pool (None: 2 per vCPU; smaller than ``vcpus``: ``ValueError``). ``features``
+    is what L1 and the host have (None: ``Features()``). ``host`` is the ``HostStage2``. ``teardown``: what a host
+    change does to the shadows: ``"reverse-map"`` drops exactly the leaves that map the range, ``"blow-away"`` every
+    leaf of every context as Linux 7.2, ``"blow-away-lean"`` whole tables. ``"interval-map"`` is what was proposed for
+    Linux in 2026: each context has an ordered map from canonical ranges to the nested range that maps them. Where two
+    of its leaves overlap there (an alias, a page of a block mapped elsewhere) it no longer knows, and a host change
+    drops that whole context. The proposal is for removals only: taking permissions (``protect``, dirty logging) narrows
+    every leaf of every context, and ``age`` looks at the host's leaves, both as under blow-away. ``tlbi``: ``"exact"``
+    removes what the architecture asks for, ``"kvm72"`` what Linux 7.2 removes. ``attributes``: ``"architectural"`` or
+    ``"kvm72"`` (L1's memory attributes ignored). ``max_table_bytes`` bounds tables, links and heads: cold contexts and
+    leaf tables are evicted. ``table_base`` is the simulated physical address of the tables. ``track_tlbis`` keeps the
+    queue of owed TLB maintenance. What an argument cannot be is a ``ValueError`` or ``TypeError`` that names it, and
+    ``MemoryError`` that the address space for the tables is not there.
 
     Thread safety: one thread per vCPU; batches and host changes release the GIL and run side by side.
     """
@@ -1115,7 +1168,8 @@ cdef class NestedVM:
         """The host takes [start, end) of cIPA away (an MMU notifier) -> ``Invalidation(leaves, ticket)``.
 
         A host block partly covered is split (``"split"``) or dropped whole (``"drop"``, as Linux does); None is drop
-        under blow-away, else split. ``ValueError`` for bounds that are not host-page aligned.
+        under blow-away, else split. ``ValueError`` for bounds that are not host-page aligned. Source:
+        kvm_unmap_gfn_range of Linux, and kvm_nested_s2_unmap for blow-away.
         """
         return self.engine.unmap(as_u64(start, "start"), as_u64(end, "end"), partial)
 
@@ -1123,19 +1177,29 @@ cdef class NestedVM:
         """Switch dirty logging of the RAM in [start, end) -> ``Invalidation``.
 
         While it is on, leaves get W only on a write fault, at host-page size. Off forgets what was dirty.
+        ``ValueError`` for bounds that are not host-page aligned. Source: kvm_arch_mmu_enable_log_dirty_pt_masked of
+        Linux, and kvm_nested_s2_wp for blow-away.
         """
         return self.engine.log_dirty(as_u64(start, "start"), as_u64(end, "end"), on)
 
     def dirty_log(self, start, end):
-        """Report, clear and protect again -> uint8 bitmap, one bit per host page of [start, end), little bit order."""
+        """Report what was written, clear and protect again, in one step -> bitmap, uint8[ceil(pages / 8)].
+
+        Bit i, in little order (``np.unpackbits(…, bitorder="little")``), is host page i of [start, end). Pages that are
+        not logged are 0. ``ValueError`` for bounds that are not host-page aligned.
+        """
         return self.engine.dirty_log(as_u64(start, "start"), as_u64(end, "end"))
 
     def age(self, start, end):
-        """OR of the access flags of host and shadow leaves, which are cleared -> bitmap as in ``dirty_log``."""
+        """OR of the access flags of host and shadow leaves, which are cleared -> bitmap as in ``dirty_log``.
+
+        A young block marks all its pages in [start, end). Owes no TLBI. Under blow-away and interval-map the shadows
+        are not looked at. ``ValueError`` for bounds that are not host-page aligned. Source: kvm_age_gfn of Linux.
+        """
         return self.engine.age(as_u64(start, "start"), as_u64(end, "end"), True)
 
     def test_young(self, start, end):
-        """As ``age``, but nothing is cleared."""
+        """As ``age``, but nothing is cleared. Source: kvm_test_age_gfn of Linux."""
         return self.engine.age(as_u64(start, "start"), as_u64(end, "end"), False)
 
     @property
@@ -1144,11 +1208,14 @@ cdef class NestedVM:
         return self.engine.contexts()
 
     def shadow(self, index):
-        """A context's live entries, sorted by IPA: ``SHADOW_DTYPE`` array."""
+        """The live entries of context ``index``, sorted by IPA: ``SHADOW_DTYPE[n]``; ``ValueError`` for no context."""
         return self.engine.shadow(index)
 
     def reverse(self, cipa):
-        """Every shadow leaf that maps this host page: ``REVERSE_DTYPE`` array, sorted by context and IPA."""
+        """Every shadow leaf that maps the host page at ``cipa``: ``REVERSE_DTYPE[n]``, sorted by context and IPA.
+
+        Under policies without a reverse map it is found by a scan of all shadows.
+        """
         return self.engine.reverse(as_u64(cipa, "cipa"))
 
     def intervals(self, index):
@@ -1160,11 +1227,15 @@ cdef class NestedVM:
         return self.engine.intervals(index)
 
     def tables(self, index=None):
-        """(addresses uint64[N], pages uint8[N, granule]) of a shadow, or of the canonical table for None."""
+        """(addresses uint64[N], pages uint8[N, granule]) of a shadow, or of the canonical table for None.
+
+        Another walker can walk them under ``Context.host_vttbr`` and ``host_vtcr``; the pages are a copy.
+        ``ValueError`` for an index without a context.
+        """
         return self.engine.tables(index)
 
     def tlbi_many(self, ops):
-        """Apply TLBIs in order: ``TLBI_OP_DTYPE``[n] -> uint64[n] of leaves removed.
+        """Apply TLBIs in order: ``TLBI_OP_DTYPE[n]`` -> uint64[n] of leaves removed.
 
         ``flags`` bit 0 says that the row's three registers count, else those that the vCPU loaded last. Raises
         ``UndefinedInstruction`` or ``ValueError``, naming the row, before anything is applied.
@@ -1182,11 +1253,14 @@ cdef class NestedVM:
 
     @property
     def stats(self):
-        """Counters, as a frozen ``Stats``."""
+        """Counters as they are now: a frozen ``Stats``."""
         return self.engine.stats()
 
     def check(self):
-        """Verify every invariant by brute force; ``InvariantError`` names the first that is broken."""
+        """Verify every invariant by brute force; ``InvariantError`` names the first that is broken, and where.
+
+        Takes the exclusive side for as long as it reads every table: for tests, not for production.
+        """
         self.engine.check()
 
     def _poke(self, index, ipa, flip):

@@ -60,62 +60,62 @@ RAW_ROW = np.dtype(f"V{EVENT_DTYPE.itemsize}")      # as a view: numpy moves row
 
 
 class EventKind(IntEnum):
-    """``EVENT_DTYPE['kind']``; after each name the fields it fills beside time, seq, pid and cpu."""
+    """``EVENT_DTYPE['kind']``; each says which fields it fills beside time, seq, pid and cpu."""
 
     # KVM's own trace events
-    GUEST_FAULT = 1         # start=IPA, value=ESR, va=FAR, pc, access
-    ACCESS_FAULT = 2        # start=IPA
-    UNMAP_HVA = 3           # start, end (kvm_unmap_hva_range)
-    AGE_HVA = 4             # start, end
-    TEST_AGE_HVA = 5        # start
-    EXIT = 6                # value=exception class, pc; flags: 0 IRQ, 1 SERROR, 2 TRAP, 3 other
-    SYS_ACCESS = 7          # insn, pc; flags bit 0: write (for a TLBI always; its operand is not in the trace)
-    NESTED_ERET = 8         # pc=ELR, value=SPSR, hcr
-    NESTED_EXCEPTION = 9    # pc=ELR, value=ESR, hcr; flags: 0 SYNC, 1 IRQ, 2 other
+    GUEST_FAULT = 1         #: start=IPA, value=ESR, va=FAR, pc, access
+    ACCESS_FAULT = 2        #: start=IPA
+    UNMAP_HVA = 3           #: start, end (kvm_unmap_hva_range)
+    AGE_HVA = 4             #: start, end
+    TEST_AGE_HVA = 5        #: start
+    EXIT = 6                #: value=exception class, pc; flags: 0 IRQ, 1 SERROR, 2 TRAP, 3 other
+    SYS_ACCESS = 7          #: insn, pc; flags bit 0: write (for a TLBI always; its operand is not in the trace)
+    NESTED_ERET = 8         #: pc=ELR, value=SPSR, hcr
+    NESTED_EXCEPTION = 9    #: pc=ELR, value=ESR, hcr; flags: 0 SYNC, 1 IRQ, 2 other
 
     # kprobes on the stage-2 code of the traced host
-    MAP = 20                # root, start, end, pa, value=prot, access=permissions
-    UNMAP = 21              # root, start, end
-    WRPROTECT = 22          # root, start, end
-    RELAX = 23              # root, start, value=prot, access=permissions
-    MKYOUNG = 24            # root, start
-    AGE = 25                # root, start, end; flags bit 0: mkold (else the bit is only tested)
-    SPLIT = 26              # root, start, end
-    DESTROY = 27            # root (0: that VM was already torn down)
-    GFN_UNMAP = 28          # start, end: IPA
-    MN_START = 29           # start, end: HVA; value: 0 UNMAP, 1 CLEAR, 2 PROTECTION_VMA, 3 PROTECTION_PAGE
-    MN_END = 30             # start, end: HVA
-    MEMSLOT = 31            # start, end: IPA (empty: it goes); va=HVA, value=slot, flags: 1 dirty log, 2 read-only
+    MAP = 20                #: root, start, end, pa, value=prot, access=permissions
+    UNMAP = 21              #: root, start, end
+    WRPROTECT = 22          #: root, start, end
+    RELAX = 23              #: root, start, value=prot, access=permissions
+    MKYOUNG = 24            #: root, start
+    AGE = 25                #: root, start, end; flags bit 0: mkold (else the bit is only tested)
+    SPLIT = 26              #: root, start, end
+    DESTROY = 27            #: root (0: that VM was already torn down)
+    GFN_UNMAP = 28          #: start, end: IPA
+    MN_START = 29           #: start, end: HVA; value: 0 UNMAP, 1 CLEAR, 2 PROTECTION_VMA, 3 PROTECTION_PAGE
+    MN_END = 30             #: start, end: HVA
+    MEMSLOT = 31            #: start, end: IPA (empty: it goes); va=HVA, value=slot, flags: 1 dirty log, 2 read-only
 
     # kprobes on TLB maintenance of the traced host
-    TLB_IPA = 40            # root, start, level
-    TLB_IPA_NSH = 41        # root, start, level
-    TLB_RANGE = 42          # root, start, end
-    TLB_VMID = 43           # root
-    TLB_CPU = 44            # root
-    TLB_ALL = 45
+    TLB_IPA = 40            #: root, start, level
+    TLB_IPA_NSH = 41        #: root, start, level
+    TLB_RANGE = 42          #: root, start, end
+    TLB_VMID = 43           #: root
+    TLB_CPU = 44            #: root
+    TLB_ALL = 45            #: everything
 
     # kprobes on nested virtualization in the traced host (L0)
-    NESTED_UNMAP = 60       # every shadow is dropped; flags bit 0: may_block
-    NESTED_WRPROTECT = 61
-    NESTED_FLUSH = 62
-    SHADOW_UNMAP_RANGE = 63     # root=shadow
-    SHADOW_UNMAP_IPA = 64       # root=shadow
-    SHADOW_TLBI_S1 = 65         # root=shadow
-    SHADOW_LOOKUP = 66
-    WALK_NESTED = 67        # start=L2's IPA
-    INJECT_FAULT = 68       # value=ESR
-    HANDLE_TLBI = 69        # insn, value=Xt: a TLBI of L1 in its handler
+    NESTED_UNMAP = 60       #: every shadow is dropped; flags bit 0: may_block
+    NESTED_WRPROTECT = 61   #: every shadow is write-protected
+    NESTED_FLUSH = 62   #: every shadow is cleaned to memory
+    SHADOW_UNMAP_RANGE = 63     #: root=shadow
+    SHADOW_UNMAP_IPA = 64       #: root=shadow
+    SHADOW_TLBI_S1 = 65         #: root=shadow
+    SHADOW_LOOKUP = 66   #: L0 looks a shadow up
+    WALK_NESTED = 67        #: start=L2's IPA
+    INJECT_FAULT = 68       #: value=ESR
+    HANDLE_TLBI = 69        #: insn, value=Xt: a TLBI of L1 in its handler
 
-    NOTE = 80               # a line that user space wrote (tracing_mark_write): value indexes ``TraceReader.notes``
+    NOTE = 80               #: a line that user space wrote (tracing_mark_write): value indexes ``TraceReader.notes``
 
     # CSV of instructions; all fill value=Xt, start=X1, insn, el, vcpu, vttbr, vtcr, hcr
-    TLBI = 100
-    SET_VTTBR = 101         # value: what is written
-    SET_VTCR = 102          # value: what is written
-    ENTER = 103             # ERET into a guest
-    MARK = 104              # HINT of the workload: value 0x56... + VM (el 1), 0x5a... snapshot, 0x5b... while running
-    FOLD = 105              # value: that many lines of one flush run were left out
+    TLBI = 100              #: the instruction, at el
+    SET_VTTBR = 101         #: value: what is written
+    SET_VTCR = 102          #: value: what is written
+    ENTER = 103             #: ERET into a guest
+    MARK = 104              #: HINT of the workload: value 0x56... + VM (el 1), 0x5a... snapshot, 0x5b... while running
+    FOLD = 105              #: value: that many lines of one flush run were left out
 
 
 class TraceError(ValueError):
@@ -123,7 +123,7 @@ class TraceError(ValueError):
 
 
 class Note(NamedTuple):
-    """A line that user space wrote into the trace."""
+    """A line that user space wrote into the trace: its ``text`` at ``time`` (nanoseconds)."""
 
     time: int
     text: str

@@ -12,10 +12,14 @@ PA_BITS = (32, 36, 40, 42, 44, 48, 52)
 class Features:
     """Features of the machine that L1 is shown, immutable and hashable.
 
-    ``pa_bits`` is PARange (32, 36, 40, 42, 44, 48 or 52). ``granules`` are the stage-2 granules that are
-    advertised; one below ``host_granule`` cannot be, since a shadow leaf could not express it: ``ValueError``
-    if named, left out of the default. ``hafdbs`` is ID_AA64MMFR1_EL1.HAFDBS: 0 none, 1 access flag, 2 dirty
-    state too. ``vmid_bits`` is 8 or 16. The rest are flags named after their FEAT_*.
+    ``pa_bits`` is PARange (32, 36, 40, 42, 44, 48 or 52). ``granules`` are the stage-2 granules that are advertised, in
+    bytes (4096, 16384, 65536); one below ``host_granule``, the host's own, cannot be, since a shadow leaf could not
+    express it: ``ValueError`` if named, left out of the default. ``hafdbs`` is ID_AA64MMFR1_EL1.HAFDBS: 0 none, 1
+    access flag, 2 dirty state too. ``vmid_bits`` is 8 or 16. The rest are flags: ``ttl`` (FEAT_TTL), ``range``
+    (FEAT_TLBIRANGE), ``xnx`` (FEAT_XNX), ``fwb`` (FEAT_S2FWB), ``lpa`` (FEAT_LPA), ``lpa2`` (FEAT_LPA2 at stage 2),
+    ``ttst`` (FEAT_TTST), ``tlbios`` (FEAT_TLBIOS), ``xs`` (FEAT_XS), ``bbm`` (FEAT_BBM), ``s2pie`` (FEAT_S2PIE).
+    ``ValueError`` for what no machine has. Source: Arm ARM, ID_AA64MMFR0_EL1 to ID_AA64MMFR3_EL1, ID_AA64ISAR0_EL1,
+    ID_AA64ISAR1_EL1.
     """
 
     pa_bits: int = 48

@@ -46,10 +46,12 @@ def perm_mask(perm: str | int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class HostMapping:
-    """Host block of ``size`` bytes at ``pa``, the aligned block of that size around the cIPA in question.
+    """Host block of ``size`` bytes (a power of two) at ``pa``, aligned: the block of that size around the cIPA in
+    question.
 
     ``perm`` is ``"rwx"`` text or a mask; ``memattr`` a name (``normal``, ``normal-as-s1``, ``nc``,
-    ``device-nGnRnE``, ``device-nGnRE``, ``device-nGRE``, ``device-GRE``) or MemAttr[3:0].
+    ``device-nGnRnE``, ``device-nGnRE``, ``device-nGRE``, ``device-GRE``) or MemAttr[3:0]. ``ValueError`` or
+    ``TypeError`` for anything else.
     """
 
     pa: int
@@ -71,10 +73,11 @@ class HostMapping:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Populate policy: pa = cipa + offset over the regions of the memory, in the largest blocks allowed.
+    """Populate policy: pa = cipa + ``offset`` over the regions of the memory, in the largest blocks allowed.
 
-    ``max_block`` bounds the block size in bytes. ``fresh`` gives every mapping a new PA instead, so that a stale
-    leaf shows. Read-only regions are mapped without W; device regions are not mapped.
+    ``offset`` is a multiple of 4096, ``max_block`` bounds the block size in bytes (``ValueError`` for others).
+    ``fresh`` gives every mapping a new PA instead, so that a stale leaf shows. Read-only regions are mapped without W;
+    device regions are not mapped.
     """
 
     offset: int = 0

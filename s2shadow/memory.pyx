@@ -18,7 +18,8 @@ PAGE = 4096
 ADDRESS_LIMIT = 1 << 52
 
 Region = namedtuple("Region", "start size readonly device")
-Region.__doc__ = "One region of L1's physical memory: start and size in bytes, and what it is."
+Region.__doc__ = ("One region of L1's physical memory: ``start`` (cIPA) and ``size`` in bytes; ``readonly``: L1 cannot "
+                  "write it; ``device``: MMIO, which walks never read.")
 
 
 cdef const region_t *search_region(const mem_view_t *view, uint64_t address, region_t *last) noexcept nogil:
@@ -361,7 +362,7 @@ cdef class GuestMemory:
         raise ValueError(f"{cipa:#x} is outside every region")
 
     def read(self, cipa, n):
-        """``n`` bytes at ``cipa``; adjacent regions read as one. ``ValueError`` outside RAM."""
+        """``n`` bytes at ``cipa`` -> ``bytes``; adjacent regions read as one. ``ValueError`` outside RAM."""
         cdef size_t length = 0, done = 0, wanted = as_u64(n, "n")
         cdef uint64_t start = as_u64(cipa, "cipa")
         cdef const uint8_t *host
@@ -377,7 +378,10 @@ cdef class GuestMemory:
         return data
 
     def write(self, cipa, data):
-        """Write bytes at ``cipa``; nothing is written if any part is outside writable RAM (``ValueError``)."""
+        """Write the bytes of any C-contiguous buffer at ``cipa``.
+
+        Nothing is written if any part is outside writable RAM: ``ValueError``.
+        """
         cdef const uint8_t[::1] source = memoryview(data).cast("B")
         cdef size_t n = source.shape[0], length = 0, done = 0
         cdef uint64_t start = as_u64(cipa, "cipa")
@@ -393,7 +397,7 @@ cdef class GuestMemory:
                 done += length
 
     def read64(self, cipa):
-        """The little-endian 64-bit word at ``cipa`` (8-byte aligned)."""
+        """The little-endian 64-bit word at ``cipa``; ``ValueError`` if not 8-byte aligned, or outside RAM."""
         cdef size_t length = 0
         cdef uint64_t address = as_u64(cipa, "cipa")
         if address & 7:
@@ -402,7 +406,10 @@ cdef class GuestMemory:
             return load64(<const uint64_t *>self.piece(address, 8, False, &length))
 
     def write64(self, cipa, value):
-        """Store a little-endian 64-bit word at ``cipa`` (8-byte aligned), in one piece."""
+        """Store a little-endian 64-bit word at ``cipa`` in one piece, as a running walk sees it.
+
+        ``ValueError`` if not 8-byte aligned, or outside writable RAM.
+        """
         cdef size_t length = 0
         cdef uint64_t address = as_u64(cipa, "cipa"), word = as_u64(value, "value")
         if address & 7:
@@ -420,9 +427,10 @@ cdef class GuestMemory:
                           for i in range(self.c.map.count)])
 
     def load_tables(self, snapshot, which="auto"):
-        """Load a capture's table pages at their addresses, with RAM around them -> ``Capture``.
+        """Load a capture's table pages at their addresses, with RAM around them -> ``s2shadow.capture.Capture``.
 
         ``which``: ``"l1"`` takes l1_tables.npz, ``"host"`` tables.npz, ``"auto"`` the former where it exists.
+        ``CaptureError`` (a ``ValueError``) for a folder that is missing or damaged; nothing is added then.
         """
         from s2shadow.capture import load_tables
         return load_tables(self, snapshot, which=which)

@@ -22,7 +22,8 @@ Side = dict[str, npt.NDArray[Any]]
 
 
 class Difference(IntFlag):
-    """How two maps differ in a range. MISSING: only the first maps it; EXTRA: only the second."""
+    """How two maps differ in a range. MISSING: only the first maps it; EXTRA: only the second. Both map it, but not
+    alike: PERMISSION, SIZE of the leaf, ADDRESS that it gives, ATTRIBUTES (memory type, shareability), ACCESS_FLAG."""
 
     MISSING = 1
     EXTRA = 2

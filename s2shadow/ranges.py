@@ -35,8 +35,9 @@ LEAF_FIELDS = ("pa", "perm", "memattr", "sh")
 
 
 class State(IntEnum):
-    """What a walk finds. RESERVED: valid, but of a type that this level does not have. ADDRESS_SIZE: the output, or
-    the next table, is beyond the output size. NO_TABLE: the next table is not in memory."""
+    """What a walk finds. INVALID: no mapping. MAPPED: a leaf. RESERVED: valid, but of a type that this level does not
+    have. ADDRESS_SIZE: the output, or the next table, is beyond the output size. NO_TABLE: the next table is not in
+    memory."""
 
     INVALID = 0
     MAPPED = 1

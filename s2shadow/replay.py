@@ -7,41 +7,41 @@ that plays L1 and for one of a host that runs a guest hypervisor.
 What a trace can show: the faults that really happened. A page that a policy drops and that L2 touches again shows
 only if the real host faulted there too, so refaults are a lower bound.
 
-**Result** (``run``), JSON-ready:
+**Result** (``run``), JSON-ready::
 
-``schema``          1
-``machine``         as in a storm: ``cpu``, ``system``, ``python``, ``s2shadow`` …
-``config``          ``trace``, ``role`` (``"l1"``, ``"l0"``), ``memory``, ``teardown`` (list), ``tlbi``, ``memslots``
-``trace``           ``label``, ``seconds`` (of the trace clock), ``events``, ``vcpus``, ``machines``; ``lost``,
-                    ``unreadable``, ``truncated``; ``ties`` and ``mismatched`` where text and CSV were merged
-``counts``          recorded: ``events`` {kind of row: n}, ``tlbi`` {"TLBI ipas2e1is el2": n}, ``names`` {name in the
-                    text: n}; ``applied`` and ``skipped`` {what, in words: n}
-``policies``        by name, in the order of ``config.teardown``:
+  ``schema``          1
+  ``machine``         as in a storm: ``cpu``, ``system``, ``python``, ``s2shadow`` …
+  ``config``          ``trace``, ``role`` (``"l1"``, ``"l0"``), ``memory``, ``teardown`` (list), ``tlbi``, ``memslots``
+  ``trace``           ``label``, ``seconds`` (of the trace clock), ``events``, ``vcpus``, ``machines``; ``lost``,
+                      ``unreadable``, ``truncated``; ``ties`` and ``mismatched`` where text and CSV were merged
+  ``counts``          recorded: ``events`` {kind of row: n}, ``tlbi`` {"TLBI ipas2e1is el2": n}, ``names`` {name in the
+                      text: n}; ``applied`` and ``skipped`` {what, in words: n}
+  ``policies``        by name, in the order of ``config.teardown``:
 
-                    ``faults``              answers to L2's touches: ``total``, ``hit``, ``mapped`` (a fault that the
-                                            shadow had to serve), ``l1_fault``, ``host_fault``, ``mmio``, ``retry``,
-                                            ``no_memory``
-                    ``refaults_needless``   of ``mapped``: only over-invalidation caused them (the reverse map with
-                                            exact TLBIs still had the page)
-                    ``teardown``            host changes: ``events``, ``removed``, ``required`` (leaves), ``ns`` {p50,
-                                            p99, max, mean} or null
-                    ``tlbi``                L1's TLBIs: ``operations``, ``removed``, ``required``, ``ns``
-                    ``dropped_needlessly``  removed minus required, of both
-                    ``kernel_steps``        range steps that Linux would spend on the host changes, with a range flush
-                                            each (``kernel_flushes``)
-                    ``owed_tlbis``          TLB maintenance that L0 owes its hardware
-                    ``live``                leaves at the end; ``contexts_recycled``
-``timeline``        lists of one length, at most ``POINTS``: ``seconds``, and cumulative ``touches``, ``tlbis``,
-                    ``changes``; ``policies`` {name: {``live``, ``mapped`` (cumulative)}}
-``largest``         the host changes that cost most: ``seconds``, ``start``, ``end``, ``event``, ``policies`` {name:
-                    {``ns``, ``removed``, ``required``, ``kernel_steps``, ``owed``}}, and ``linux_unmaps`` where the
-                    trace shows the stage-2 unmap calls that the real host made for it
-``checks``          ``tables``: per snapshot and VM, L1's table as replayed against the captured one; ``shadows`` and
-                    ``hosts`` (role l0): the same for shadow and host tables; ``counts``: recorded against
-                    checks.json; ``same_mapping``: what any policy holds at the end, touched under all of them;
-                    ``passed``: whether nothing differs
-``notes``           what the replay had to assume, in words
-``interrupted``     whether the figures stop before the end of the trace
+                      ``faults``              answers to L2's touches: ``total``, ``hit``, ``mapped`` (a fault that the
+                                              shadow had to serve), ``l1_fault``, ``host_fault``, ``mmio``, ``retry``,
+                                              ``no_memory``
+                      ``refaults_needless``   of ``mapped``: only over-invalidation caused them (the reverse map with
+                                              exact TLBIs still had the page)
+                      ``teardown``            host changes: ``events``, ``removed``, ``required`` (leaves), ``ns`` {p50,
+                                              p99, max, mean} or null
+                      ``tlbi``                L1's TLBIs: ``operations``, ``removed``, ``required``, ``ns``
+                      ``dropped_needlessly``  removed minus required, of both
+                      ``kernel_steps``        range steps that Linux would spend on the host changes, with a range flush
+                                              each (``kernel_flushes``)
+                      ``owed_tlbis``          TLB maintenance that L0 owes its hardware
+                      ``live``                leaves at the end; ``contexts_recycled``
+  ``timeline``        lists of one length, at most ``POINTS``: ``seconds``, and cumulative ``touches``, ``tlbis``,
+                      ``changes``; ``policies`` {name: {``live``, ``mapped`` (cumulative)}}
+  ``largest``         the host changes that cost most: ``seconds``, ``start``, ``end``, ``event``, ``policies`` {name:
+                      {``ns``, ``removed``, ``required``, ``kernel_steps``, ``owed``}}, and ``linux_unmaps`` where the
+                      trace shows the stage-2 unmap calls that the real host made for it
+  ``checks``          ``tables``: per snapshot and VM, L1's table as replayed against the captured one; ``shadows`` and
+                      ``hosts`` (role l0): the same for shadow and host tables; ``counts``: recorded against
+                      checks.json; ``same_mapping``: what any policy holds at the end, touched under all of them;
+                      ``passed``: whether nothing differs
+  ``notes``           what the replay had to assume, in words
+  ``interrupted``     whether the figures stop before the end of the trace
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class ReplayConfig:
     """A replay. ``trace``: capture folder or file; ``role`` None: from the capture and its events.
 
     ``memory``: snapshot whose tables are L1's at the start, for a trace without snapshots of its own. ``vcpus``: CPUs
-    of L1, None: from the trace. ``contexts``: shadow contexts, None: 2 per vCPU as Linux has.
+    of L1, None: from the trace. ``contexts``: shadow contexts, None: 2 per vCPU as Linux has. ``memslots``: those that
+    the trace does not show. ``teardown``: policies, None for all; ``tlbi``: ``"exact"`` or ``"kvm72"``. ``ValueError``
+    for values that are none of these.
     """
 
     trace: str | os.PathLike[str]
@@ -120,10 +122,12 @@ class ReplayConfig:
 
     @property
     def slots(self) -> Memslots:
+        """``memslots``, to look host addresses up in."""
         return Memslots(self.memslots)
 
     @property
     def policies(self) -> tuple[str, ...]:
+        """The policies to replay under, each once."""
         return tuple(dict.fromkeys(self.teardown or POLICIES))
 
 
@@ -177,11 +181,13 @@ class Session:
         self.notified: dict[int, tuple[int, int]] = {}
 
     def lanes(self, mem: GuestMemory, vcpus: int, features: Features, populate: Any) -> Lanes:
+        """Engines for one more L1, one per policy."""
         made = Lanes(self.tallies, self.config.tlbi, mem, vcpus, self.config.contexts, features, populate)
         self.machines.append(made)
         return made
 
     def note(self, text: str) -> None:
+        """Keep a remark for the report, once."""
         self.notes[text] = None
 
     def note_text(self, index: int) -> str:
@@ -215,6 +221,7 @@ class Session:
         self.last_time = int(rows["time"][-1])
 
     def tick(self, time: int) -> None:
+        """Add a point to the time line; ``time`` in nanoseconds of the trace."""
         live = [0] * len(self.tallies)
         for machine in self.machines:
             for lane, count in zip(machine.shown, machine.live(), strict=True):

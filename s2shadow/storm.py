@@ -76,8 +76,12 @@ class StormError(RuntimeError):
 class StormConfig:
     """A storm. ``capture`` None and not ``synthetic``: the capture shipped with the package.
 
-    ``pages``, ``aliases`` and ``block_mix`` shape synthetic workloads only; ``pages`` is canonical pages per context.
-    The reverse-map policy runs all ``events``; the others stop after ``seconds`` (at least ``min_events``).
+    ``vm`` is the VM of the capture (None: the largest), ``contexts`` how many nested VMs have its tables. ``pages``,
+    ``aliases`` and ``block_mix`` shape synthetic workloads only; ``pages`` is canonical 4K pages per context,
+    ``block_mix`` the fraction of the bytes in 2 MiB blocks. The reverse-map policy runs all ``events``, each of
+    ``event_pages`` pages; the others stop after ``seconds`` (at least ``min_events``). ``teardown`` and ``tlbi`` are
+    those of ``NestedVM``, ``track_tlbis`` too; ``write``: touch by writing. The same ``seed`` gives the same events.
+    ``ValueError`` for values that no storm can have.
     """
 
     capture: str | os.PathLike[str] | None = None
@@ -119,6 +123,7 @@ class StormConfig:
 
     @property
     def access(self) -> int:
+        """How the working set is touched: READ or WRITE."""
         return int(WRITE if self.write else READ)
 
 
@@ -236,7 +241,9 @@ class HostPlan:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """L1's memory with its tables, the contexts, and what the harness must know about them."""
+    """What a storm runs on: ``mem``, L1's memory with its tables (``guest_table_bytes`` of them), under ``features``;
+    ``contexts``, the plan of each L2; ``index``, every shadow leaf by its canonical range, from which it is known what
+    an event must remove; ``host``, what the host maps; ``label``, what the report calls it."""
 
     mem: GuestMemory
     features: Features
@@ -247,6 +254,7 @@ class Workload:
     guest_table_bytes: int
 
     def leaf_counts(self) -> dict[str, int]:
+        """Shadow leaves of all contexts by size, ``"4K"`` and ``"2M"``."""
         return {"4K" if leaves.size == PAGE else "2M": len(leaves.starts) for leaves in self.index.classes}
 
 
@@ -503,6 +511,7 @@ class Rig:
         return spent, mapped
 
     def fault_batch(self, vcpu: VCPU, ipas: U64) -> tuple[int, int]:
+        """One timed ``fault_many`` -> (nanoseconds, leaves installed); ``StormError`` if a fault was not answered."""
         out = self.out[:len(ipas)]
         began = time.perf_counter_ns()
         vcpu.fault_many(ipas, self.access, out=out)

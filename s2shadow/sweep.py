@@ -134,7 +134,8 @@ def outcome_columns(record: dict[str, Any], policy: str, base: dict[str, Any] | 
 class SweepResult:
     """``points`` of the spec: ``before`` of them were finished already, ``finished`` are now, ``failed`` are not, for
     the reason that their rows give (``error``), and the others were not reached. ``retried`` counts the tries that the
-    deaths of workers cost. ``rows`` is what the output holds.
+    deaths of workers cost; ``interrupted``: a Ctrl-C ended it. ``rows`` is what the file ``output`` holds; ``spec`` is
+    the file that was run.
     """
 
     spec: str

@@ -83,7 +83,7 @@ class SpecError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """``grids``: per grid its keys with their values, in the order of the file."""
+    """A sweep as ``file`` describes it. ``grids``: per grid its keys with their values, in the order of the file."""
 
     file: str
     grids: tuple[dict[str, tuple[Any, ...]], ...]

@@ -36,6 +36,7 @@ Tag = tuple[int, Stage, int | None, int, int, bool]
 class TlbEntry:
     """One entry. ``stage`` is ``"stage2"`` (IPA to PA) or ``"combined"`` (VA to PA, stages 1 and 2 in one).
 
+    ``size`` bytes from ``start`` on (IPA or VA) under ``host_vmid`` are at ``pa``, with ``perm``, a mask of ``Access``.
     ``asid`` is None for a global entry and for stage 2 alone. ``level`` is that of the descriptor: of stage 1 in a
     combined entry. With ``last_level`` False it is a cached table descriptor and ``pa`` that of the next table.
     ``ptw``: the translation was good for a stage-1 table walk too (HCR_EL2.PTW).

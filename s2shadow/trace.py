@@ -116,10 +116,12 @@ class TraceReader(Tally):
 
     @property
     def events(self) -> dict[str, int]:
+        """How many of each event there were, by its name in the trace, the most frequent first."""
         return {name.decode(errors="replace"): count for name, count in self.names.most_common()}
 
     @property
     def unused(self) -> dict[str, int]:
+        """Those of ``events`` that become no rows."""
         used = shapes(self._page).keys() | CSV_KINDS.keys()
         return {name.decode(errors="replace"): n for name, n in self.names.most_common() if name not in used}
 
@@ -306,7 +308,7 @@ def concatenated(arrays: list[Events]) -> Events:
 
 
 def save_events(file: str | os.PathLike[str], events: Events) -> None:
-    """Write ``EVENT_DTYPE``[n] to ``file``, whole or not at all.
+    """Write ``EVENT_DTYPE[n]`` to ``file``, whole or not at all.
 
     By its suffix: ``.parquet`` (needs the extra ``trace``), a column per field, or ``.npz`` with one array
     ``events``. ``read_trace`` and ``load_events`` read both.
@@ -326,7 +328,7 @@ def save_events(file: str | os.PathLike[str], events: Events) -> None:
 
 
 def load_events(file: str | os.PathLike[str]) -> Events:
-    """Read what ``save_events`` wrote, or a file made like it -> ``EVENT_DTYPE``[n]. Raises ``TraceError``."""
+    """Read what ``save_events`` wrote, or a file made like it -> ``EVENT_DTYPE[n]``. Raises ``TraceError``."""
     with opened(file) as stream:
         try:
             data = stream.read()
@@ -391,7 +393,7 @@ def first_line(error: BaseException) -> str:
 
 
 def tlbi_ops(events: Events) -> npt.NDArray[np.void]:
-    """The TLBI rows of the CSV as ``TLBI_OP_DTYPE``[n] for ``vm.tlbi_many``, each with the registers of its row."""
+    """The TLBI rows of the CSV as ``TLBI_OP_DTYPE[n]`` for ``vm.tlbi_many``, each with the registers of its row."""
     rows = events[events["kind"] == EventKind.TLBI]
     ops = np.zeros(len(rows), TLBI_OP_DTYPE)
     ops["flags"] = 1
@@ -434,6 +436,7 @@ class VMNumbers:
         return events
 
     def number_part(self, rows: Events) -> None:
+        """Number rows in place, between two ``DESTROY`` of the same root."""
         open_ = rows["vm"] == UNKNOWN
         with_root = np.flatnonzero(open_ & (rows["root"] != 0))
         roots, first, which = np.unique(rows["root"][with_root], return_index=True, return_inverse=True)

@@ -505,54 +505,69 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
 
 
 cdef class Walk:
-    """The outcome of one walk: the fields of ``WALK_DTYPE`` as attributes, and ``fault``."""
+    """The outcome of one walk, from ``walk`` or a ``WalkStep``: the fields of ``WALK_DTYPE`` as attributes, and more.
+
+    ``ipa`` is the address that was walked. Addresses and sizes are bytes.
+    """
 
     @property
     def status(self):
+        """0 if the walk ended in a translation, 1 if in a fault."""
         return self.c.status
 
     @property
     def fsc(self):
+        """Fault status code as in ESR_ELx.DFSC or IFSC, level included; 0 without a fault."""
         return self.c.fsc
 
     @property
     def level(self):
+        """Level of the leaf or of the fault, -1 to 3; -2 where stage 2 is off."""
         return self.c.level
 
     @property
     def perm(self):
+        """Permissions of the leaf: a mask of READ, WRITE, EXEC (EL1) and EXEC_EL0."""
         return self.c.perm
 
     @property
     def memattr(self):
+        """MemAttr[3:0] as in the descriptor."""
         return self.c.memattr
 
     @property
     def sh(self):
+        """SH[1:0] as in the descriptor, or as VTCR_EL2.DS implies it: 0 non-, 2 outer, 3 inner shareable."""
         return self.c.sh
 
     @property
     def contiguous(self):
+        """1 if the leaf has the contiguous bit."""
         return self.c.contiguous
 
     @property
     def updated(self):
+        """1 if the access flag or dirty state was written; with ``update=False``, if that was due."""
         return self.c.updated
 
     @property
     def pa(self):
+        """Output address of ``ipa``, L1's physical address (cIPA); 0 where no leaf was found."""
         return self.c.pa
 
     @property
     def size(self):
+        """Bytes that the leaf descriptor maps, without the rest of a contiguous group; 0 where none was found."""
         return self.c.size
 
     @property
     def desc(self):
+        """The last descriptor read, in host byte order, as it is now in memory; 0 if none was."""
         return self.c.desc
 
     @property
     def desc_addr(self):
+        """cIPA of ``desc``; 0 if none was read."""
         return self.c.desc_addr
 
     @property
@@ -577,8 +592,9 @@ cdef class Walk:
 
 
 class WalkRequest(namedtuple("WalkRequest", "kind address expected desired")):
-    """What a ``WalkStep`` wants of memory: ``kind`` is ``"read"`` or ``"swap"``; ``address`` is 8-byte aligned. Values
-    are words as a little-endian load of that address sees them; ``expected`` and ``desired`` are None for a read."""
+    """What a ``WalkStep`` wants of memory: ``kind`` is ``"read"`` or ``"swap"`` (a compare-and-swap of 64 bits);
+    ``address`` is a cIPA, 8-byte aligned. Values are words as a little-endian load of that address sees them;
+    ``expected`` and ``desired`` are None for a read."""
 
     __slots__ = ()
 
@@ -606,13 +622,16 @@ cdef class WalkStep:
 
     @property
     def result(self):
-        """The ``Walk``; ``RuntimeError`` while it is under way."""
+        """The ``Walk`` that it came to; ``RuntimeError`` while it is under way."""
         if self.wanted != WALK_DONE:
             raise RuntimeError(f"the walk wants the descriptor at {self.state.address:#x} first")
         return self.walked
 
     def feed(self, value):
-        """Memory answered: the word read, or, for a swap, the word that was there (``expected``: it was swapped)."""
+        """Memory answered: the word read, or, for a swap, the word that was there (``expected``: it was swapped).
+
+        ``TypeError`` or ``ValueError`` for what is no 64-bit word, ``RuntimeError`` when nothing was asked for.
+        """
         cdef uint64_t desc = self.word(as_u64(value, "value"))
         if self.wanted == WALK_READ:
             self.wanted = walk_take(&self.cfg.c, &self.state, desc, &self.walked.c)
@@ -622,7 +641,10 @@ cdef class WalkStep:
             raise RuntimeError("the walk is done")
 
     def abort(self):
-        """Memory did not answer, or cannot be written: an external abort on the walk."""
+        """Memory did not answer, or cannot be written: an external abort on the walk.
+
+        ``RuntimeError`` when nothing was asked for.
+        """
         if self.wanted == WALK_DONE:
             raise RuntimeError("the walk is done")
         self.wanted = walk_abort(&self.state, self.wanted, &self.walked.c)
@@ -683,6 +705,7 @@ def walk(GuestMemory mem not None, Stage2Config cfg not None, ipa, access=Access
     is written and ``updated`` says that a write was due. A descriptor that cannot be read, or cannot be updated
     because its page is read-only, is an external abort on the walk. After a permission fault the leaf is still
     described. With ``trace``, ``Walk.steps`` has each level with its fields named, and ``Walk.notes`` what is odd.
+    ``ValueError`` or ``TypeError`` for what is no 64-bit address or no access; nothing in the tables raises.
     Source: Arm ARM, AArch64.S2Translate; order of checks as in its pseudocode.
     """
     if trace:
@@ -700,9 +723,10 @@ def walk(GuestMemory mem not None, Stage2Config cfg not None, ipa, access=Access
 
 def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=Access.READ, bint update=True,
               out=None):
-    """Translate many addresses: uint64[n] -> ``WALK_DTYPE``[n]; the GIL is released.
+    """Translate many addresses: uint64[n] -> ``WALK_DTYPE[n]``; the GIL is released.
 
-    ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE``[n] to write into.
+    ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE[n]`` to write into; it is what is
+    returned then. ``TypeError`` or ``ValueError`` for arrays of another type or shape. Source: as ``walk``.
     """
     cdef const uint64_t[::1] addresses = as_addresses(ipas)
     cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
