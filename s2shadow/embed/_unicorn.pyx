@@ -14,7 +14,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport ACCESS_EL0, ACCESS_EXEC, ACCESS_READ, ACCESS_WRITE, PERM_EXEC_EL0
-from s2shadow.atomics cimport cas32, load32, store32
+from s2shadow.atomics cimport cas32, store32
 from s2shadow.fault cimport STEP_DONE, fault_run, step_t
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, region_t
@@ -57,16 +57,16 @@ cdef extern from *:
         uint32_t op1
         uint32_t op2
         uint64_t val
-    ctypedef int (*hook_add_t "s2_uc_hook_add_t")(void *uc, size_t *hook, int type, void *callback, void *user,
-                                                 uint64_t begin, uint64_t end, ...) noexcept nogil
+    ctypedef int (*hook_add_t "s2_uc_hook_add_t")(
+        void *uc, size_t *hook, int type, void *callback, void *user, uint64_t begin, uint64_t end, ...) noexcept nogil
     ctypedef int (*hook_del_t "s2_uc_hook_del_t")(void *uc, size_t hook) noexcept nogil
     ctypedef int (*ctl_t "s2_uc_ctl_t")(void *uc, int control, ...) noexcept nogil
-    ctypedef int (*emu_start_t "s2_uc_emu_start_t")(void *uc, uint64_t begin, uint64_t until, uint64_t timeout,
-                                                   size_t count) noexcept nogil
+    ctypedef int (*emu_start_t "s2_uc_emu_start_t")(
+        void *uc, uint64_t begin, uint64_t until, uint64_t timeout, size_t count) noexcept nogil
     ctypedef int (*emu_stop_t "s2_uc_emu_stop_t")(void *uc) noexcept nogil
     ctypedef int (*reg_t "s2_uc_reg_t")(void *uc, int reg, void *value) noexcept nogil
-    ctypedef int (*map_ptr_t "s2_uc_map_ptr_t")(void *uc, uint64_t address, size_t size, uint32_t perms,
-                                               void *host) noexcept nogil
+    ctypedef int (*map_ptr_t "s2_uc_map_ptr_t")(
+        void *uc, uint64_t address, size_t size, uint32_t perms, void *host) noexcept nogil
     uint64_t this_thread "s2_thread"() noexcept nogil
     void nap "s2_nap"() noexcept nogil
 
@@ -178,7 +178,7 @@ cdef c_bool fill_tlb(void *_uc, uint64_t vaddr, int kind, entry_t *entry, void *
     cdef fault_t row
     cdef int64_t at
     cdef step_t step
-    cdef int tries
+    cdef int _try
     cdef uint8_t access
     if cpu.state != INSIDE or cpu.refused:
         return False
@@ -189,7 +189,7 @@ cdef c_bool fill_tlb(void *_uc, uint64_t vaddr, int kind, entry_t *entry, void *
         # Before the engine is asked: whoever changes the answer after it was given then finds this set.
         cpu.mmio_seq = cpu.vm.owed.seq
         cpu.has_mmio = True
-    for tries in range(RETRIES):
+    for _try in range(RETRIES):
         at = 0
         step = fault_run(cpu.vm, cpu.vcpu, &vaddr, &access, 0, &row, 1, &at)
         if step != STEP_DONE or row.kind != KIND_RETRY:

@@ -7,9 +7,9 @@ serves devices, and does the TLB maintenance that is owed. TLBIs that the progra
 
 **The synchronisation point.** Unicorn has a TLB for each instance, which no other thread can flush. After
 ``vm.unmap(...)``, or any change of the host or of L1, L2 may go on for a moment with what its TLB has. When
-``cpu.sync()`` (or ``sync(vm)``), called after it, has returned, no CPU of the VM can reach what was taken: only then may
-the host page be used for something else. It takes what ``vm.take_tlbis()`` would give; who takes the rows himself has
-to call ``cpu.flush()`` for them.
+``cpu.sync()`` (or ``sync(vm)``), called after it, has returned, no CPU of the VM can reach what was taken: only then
+may the host page be used for something else. It takes what ``vm.take_tlbis()`` would give; who takes the rows himself
+has to call ``cpu.flush()`` for them.
 
 What it cannot do:
 
@@ -149,10 +149,11 @@ def attach(
 
     ``uc`` is an arm64 Unicorn, best fresh: its TLB becomes virtual and its page that of the host (Unicorn's own
     default is 1 KiB, four fills a page; once it is set up that cannot be changed).
-    ``on_l1_fault(abort)`` is L1's handler: it mends L1's table in ``vm.mem``, with the ``vcpu.tlbi`` that this takes, and
-    returns something true, and the access is tried again; else, or with no handler, ``run`` raises ``UnhandledFault``.
-    It may load another context. ``device(cipa, size, value)`` serves MMIO, up to 4 bytes at a time (Unicorn halves
-    accesses of 8): value None asks for what is read.
+    ``on_l1_fault(abort)`` is L1's handler: it mends L1's table in ``vm.mem``, with the ``vcpu.tlbi`` that this takes,
+    and returns something true, and the access is tried again; else, or with no handler, ``run`` raises
+    ``UnhandledFault``. It may load another context.
+    ``device(cipa, size, value)`` serves MMIO, up to 4 bytes at a time (Unicorn halves accesses of 8): value None asks
+    for what is read.
     ``traps``: TLBIs of L1's that the program executes act on the engine; without it they are undefined.
 
     ``ValueError`` where ``uc`` is no little-endian arm64 one or its pages are larger than the host's.
@@ -184,7 +185,7 @@ class Cpu:
         self._mapped: list[tuple[int, int]] = []
         self._buffers: list[Any] = []
         self._hub = _hub(vm)
-        self._native = Attachment(self._hub, vcpu, uc, uc._uch.value, _addresses(), _constants(page), traps)
+        self._native = Attachment(self._hub, vcpu, uc, uc._uch.value or 0, _addresses(), _constants(page), traps)
         # before Unicorn's own, which closes the instance
         self._release = weakref.finalize(self, _detach, self._native, self._mapped)
 
@@ -274,9 +275,10 @@ class Cpu:
         self._native.grant(fault.ipa, fault.cipa, access, DEVICE_WINDOW + page)
 
     def _check_regime(self) -> None:
-        if self.uc.reg_read(arm64_const.UC_ARM64_REG_PSTATE) >> 2 & 2:
+        uc: Any = self.uc       # Uc() makes an arm64 one, whose methods mypy does not see
+        if uc.reg_read(arm64_const.UC_ARM64_REG_PSTATE) >> 2 & 2:
             raise ValueError("the CPU is at EL2 or EL3, which have no second stage")
-        if self.uc.cpr_read(*SCTLR_EL1) & SCTLR_M:
+        if uc.cpr_read(*SCTLR_EL1) & SCTLR_M:
             raise NotImplementedError("L2's stage 1 is on (SCTLR_EL1.M), which this adapter does not walk")
 
     def stop(self) -> None:
