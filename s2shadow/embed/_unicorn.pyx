@@ -203,7 +203,8 @@ cdef c_bool fill_tlb(void *_uc, uint64_t vaddr, int kind, entry_t *entry, void *
         return True
     if step == STEP_DONE:
         cpu.vcpu.kinds[row.kind] -= 1       # counted where it is answered: by VCPU.fault, which is asked next
-        if row.kind == KIND_MMIO and grant.given and vaddr == grant.ipa and row.cipa == grant.cipa:
+        if (row.kind == KIND_MMIO and grant.given and vaddr == grant.ipa and row.cipa == grant.cipa
+                and not access & ACCESS_EXEC):
             entry.paddr = grant.pa
             entry.perms = access
             return True

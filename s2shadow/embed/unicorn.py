@@ -23,12 +23,13 @@ What it cannot do:
   A TLB entry is one page, whatever the size of the leaf.
 - Memory attributes, shareability and stage-1 walks (``Access.PTW``): Unicorn has no caches and no first stage.
 - Atomics between instances. LDXR and STXR of two CPUs on one memory are not exclusive of each other.
-- Code that is written by somebody else: Unicorn keeps what it translated until ``uc.ctl_remove_cache`` is called for
-  those physical addresses. The program's own stores it sees.
+- Code that is written by somebody else: Unicorn keeps what it translated until ``uc.ctl_flush_tb()``. The program's
+  own stores it sees.
 - Ctrl-C while L2 runs undisturbed: Python gets its turn when the run ends; ``stop()`` from another thread ends it.
 """
 
 import ctypes
+import operator
 import time
 import weakref
 from collections.abc import Callable
@@ -182,6 +183,7 @@ class Cpu:
         self.device = device
         self._page = page
         self._device_pages: set[int] = set()
+        self._device_error: BaseException | None = None
         self._mapped: list[tuple[int, int]] = []
         self._buffers: list[Any] = []
         self._hub = _hub(vm)
@@ -235,8 +237,10 @@ class Cpu:
         while True:
             self.uc._hook_exception = None
             error, pc, done = self._native.resume(pc, until)
-            if self.uc._hook_exception is not None:
-                raise self.uc._hook_exception
+            raised = self._device_error or self.uc._hook_exception
+            if raised is not None:
+                self._device_error = None
+                raise raised
             if done:
                 return Exit.DONE
             if self._native.stage1_on:
@@ -338,19 +342,24 @@ def _detach(native: Attachment, mapped: list[tuple[int, int]]) -> None:
 def _device_hooks(owner: "weakref.ref[Cpu]", page: int) -> tuple[Any, ...]:
     """Arguments of ``mmio_map`` for a device page. Unicorn keeps them: they must not keep the ``Cpu``."""
 
-    def call(offset: int, size: int, value: int | None) -> int | None:
+    def call(uc: Uc, offset: int, size: int, value: int | None) -> int:
         cpu = owner()
         assert cpu is not None and cpu.device is not None
-        return cpu.device(page + offset, size, value)
+        try:
+            answer = cpu.device(page + offset, size, value)
+            if value is None and answer is None:
+                raise TypeError(f"device returned None for a read at {page + offset:#x}")
+            return operator.index(answer or 0) & (1 << 8 * size) - 1
+        except BaseException as error:
+            cpu._device_error = cpu._device_error or error      # it comes out of run(): through Unicorn it would not
+            uc.emu_stop()
+            return 0
 
-    def read(_uc: Uc, offset: int, size: int, _data: None) -> int:
-        value = call(offset, size, None)
-        if value is None:
-            raise TypeError(f"device returned None for a read at {page + offset:#x}")
-        return value
+    def read(uc: Uc, offset: int, size: int, _data: None) -> int:
+        return call(uc, offset, size, None)
 
-    def write(_uc: Uc, offset: int, size: int, value: int, _data: None) -> None:
-        call(offset, size, value)
+    def write(uc: Uc, offset: int, size: int, value: int, _data: None) -> None:
+        call(uc, offset, size, value)
 
     return read, None, write, None
 
