@@ -5,16 +5,15 @@ CODE, and a pool of physical pages beside it.
 """
 
 import gc
-import importlib.util
 import subprocess
 import sys
 import threading
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import examples
 import s2shadow as s2
 from rig import Tables
 
@@ -107,14 +106,6 @@ def machine():
     yield machine
     machine.vm.check()
     machine.cpu.detach()
-
-
-def example(name):
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- memory ---
@@ -841,5 +832,5 @@ def test_random_events_against_a_plain_model(rng):
 
 
 def test_the_example_of_the_balloon(capsys):
-    assert example("unicorn_balloon").main(mib=8, rounds=2)
+    assert examples.load("unicorn_balloon").main(mib=8, rounds=2)
     assert "right" in capsys.readouterr().out
