@@ -585,6 +585,30 @@ def test_device_errors(machine):
         machine.cpu.run(CODE, end)
 
 
+def test_a_device_may_wait_for_who_waits_for_the_cpu(machine):
+    """The host holds a lock over unmap and sync that the device wants too."""
+    lock, inside = threading.Lock(), threading.Event()
+
+    def device(cipa, size, value):
+        inside.set()
+        with lock:
+            return 1
+
+    machine.cpu.device = device
+    machine.tables.map(HERE, DATA)
+    machine.tables.map(HERE + PAGE, DEVICE)
+    machine.mem.write64(DATA, 1)
+    machine.pool[0] = 2
+    with lock:
+        # ldr x1, [x0]; ldr w2, [x4]; ldr x1, [x0]
+        thread, result = spinning(machine, machine.cpu, [LOAD, 0xB9400082, LOAD], x0=HERE, x4=HERE + PAGE)
+        assert inside.wait(10)
+        machine.cpu.unmap(DATA, DATA + PAGE)
+        machine.vm.host.map(DATA, POOL, PAGE)
+    thread.join(10)
+    assert result == [Exit.DONE] and machine.x(1) == 2
+
+
 # --- running and stopping ---
 
 
@@ -613,6 +637,19 @@ def test_stop_from_a_handler_and_from_a_hook(machine):
     machine.uc.hook_add(UC_HOOK_BLOCK, lambda *_: machine.cpu.stop())
     machine.program(COUNT, branch(-1))
     assert machine.cpu.run(CODE) == Exit.STOPPED
+
+
+def test_stop_amid_tlbis():
+    machine = Machine(vcpus=2)
+    for _ in range(20):
+        words = [tlbi(4, 0, 1), COUNT, branch(-2)]
+        threads = [spinning(machine, cpu, words, x3=0, x5=HERE >> 12) for cpu in machine.cpus]
+        threading.Event().wait(0.002)
+        for cpu, (thread, result) in zip(machine.cpus, threads, strict=True):
+            while not result:
+                cpu.stop()
+            thread.join()
+            assert result == [Exit.STOPPED]
 
 
 def test_what_a_hook_raises_comes_out_of_run(machine):

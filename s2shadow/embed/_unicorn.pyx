@@ -245,9 +245,10 @@ cdef uint32_t sys_instruction(void *_uc, int _reg, const cp_reg_t *cp, void *use
     pthread_mutex_lock(&cpu.hub.lock)
     cpu.flush = True                        # whether or not a leaf fell: entries may be of one that went before
     drain(cpu.hub)
-    settle(cpu.hub)
+    settle(cpu.hub, NULL)
     pthread_mutex_unlock(&cpu.hub.lock)
-    skip_instruction(cpu)
+    if not cpu.stop:                        # else it is issued again: a PC that is written makes Unicorn forget a stop
+        skip_instruction(cpu)
     return 1
 
 
@@ -303,37 +304,45 @@ cdef void drain(hub_t *hub) noexcept nogil:
     hub.seq = seq
 
 
-cdef bint kick(hub_t *hub) noexcept nogil:
-    """Make the CPUs leave that have something to do; False if there is none inside any more."""
+cdef bint kick(hub_t *hub, const cpu_t *stopping, bint in_hook) noexcept nogil:
+    """Make the CPUs leave that have a flush to make, and ``stopping``; False if there is none inside any more. Who is
+    in a hook himself does not wait for the end of another one's."""
     cdef cpu_t *cpu = hub.first
     cdef bint any = False
     while cpu != NULL:
-        if cpu.state == INSIDE and (cpu.flush or cpu.stop):
+        if cpu.state == INSIDE and (cpu.flush or cpu == stopping):
             any = True
-            if not cpu.stop:
-                cpu.kicked = True
+            cpu.kicked = True
             cpu.api.emu_stop(cpu.uc)
+        elif cpu == stopping and cpu.state == QUIET and not in_hook:
+            any = True
         cpu = cpu.next
     return any
 
 
-cdef void settle(hub_t *hub) noexcept nogil:
+cdef void wake(cpu_t *cpu) noexcept nogil:
+    """Back from waiting in a hook: what was asked for meanwhile comes before L2."""
+    if cpu.flush:
+        flush_now(cpu)
+    cpu.state = INSIDE
+    if cpu.stop:
+        cpu.api.emu_stop(cpu.uc)
+
+
+cdef void settle(hub_t *hub, const cpu_t *stopping) noexcept nogil:
     """Until every flush asked for is done, or will be before its CPU runs. The hub's lock is held, and let go of while
     waiting. The stop is sent again and again: one that comes while emulation starts or restarts is lost."""
-    cdef uint64_t thread = this_thread()
     cdef cpu_t *own = hub.first
-    while own != NULL and not (own.state == INSIDE and own.thread == thread):
+    while own != NULL and not (own.state == INSIDE and own.thread == this_thread()):
         own = own.next
     if own != NULL:
         own.state = QUIET
-    while kick(hub):
+    while kick(hub, stopping, own != NULL):
         pthread_mutex_unlock(&hub.lock)
         nap()
         pthread_mutex_lock(&hub.lock)
     if own != NULL:
-        if own.flush:
-            flush_now(own)
-        own.state = INSIDE
+        wake(own)
 
 
 cdef int enter(cpu_t *cpu, GuestMemory mem) noexcept nogil:
@@ -351,7 +360,7 @@ cdef int enter(cpu_t *cpu, GuestMemory mem) noexcept nogil:
         if cpu.has_mmio:
             cpu.flush = True
     drain(cpu.hub)
-    settle(cpu.hub)
+    settle(cpu.hub, NULL)
     if cpu.stop:
         pthread_mutex_unlock(&cpu.hub.lock)
         store32(&vcpu.busy, 0)
@@ -390,9 +399,11 @@ cdef class Hub:
     cdef readonly object vm             # alive as long as its vm_t is used
     cdef object __weakref__
 
-    def __cinit__(self, vm):
+    def __cinit__(self):
         memset(&self.c, 0, sizeof(hub_t))
         pthread_mutex_init(&self.c.lock, NULL)
+
+    def __init__(self, vm):
         self.c.vm = <vm_t *>PyCapsule_GetPointer(vm._state(), "s2shadow.vm_t")
         self.vm = vm
 
@@ -404,7 +415,7 @@ cdef class Hub:
         with nogil:
             pthread_mutex_lock(&self.c.lock)
             drain(&self.c)
-            settle(&self.c)
+            settle(&self.c, NULL)
             pthread_mutex_unlock(&self.c.lock)
 
 
@@ -568,17 +579,31 @@ cdef class Attachment:
         return error, pc, pc == until and status == ENTERED and (error == ERR_OK or self.c.refused)
 
     def stop(self):
-        """Make it leave, if run() is under way; return when it has."""
-        cdef bint own
+        """Make it leave, if run() is under way; return when it has, unless called by one of its own hooks."""
         with nogil:
             pthread_mutex_lock(&self.c.hub.lock)
             if self.c.active:
                 self.c.stop = True
-                own = self.c.state == INSIDE and self.c.thread == this_thread()
-                if own:
+                if self.c.state != OUTSIDE and self.c.thread == this_thread():
                     self.c.api.emu_stop(self.c.uc)
                 else:
-                    settle(self.c.hub)
+                    settle(self.c.hub, &self.c)
+            pthread_mutex_unlock(&self.c.hub.lock)
+
+    def quiet(self):
+        """The thread that runs it is in a hook that may wait for others: nobody has to wait for it."""
+        with nogil:
+            pthread_mutex_lock(&self.c.hub.lock)
+            if self.c.state == INSIDE and self.c.thread == this_thread():
+                self.c.state = QUIET
+            pthread_mutex_unlock(&self.c.hub.lock)
+
+    def wake(self):
+        """The end of ``quiet``."""
+        with nogil:
+            pthread_mutex_lock(&self.c.hub.lock)
+            if self.c.state == QUIET and self.c.thread == this_thread():
+                wake(&self.c)
             pthread_mutex_unlock(&self.c.hub.lock)
 
     def flush(self):
@@ -586,7 +611,7 @@ cdef class Attachment:
         with nogil:
             pthread_mutex_lock(&self.c.hub.lock)
             self.c.flush = True
-            settle(self.c.hub)
+            settle(self.c.hub, NULL)
             pthread_mutex_unlock(&self.c.hub.lock)
 
     def grant(self, uint64_t ipa, uint64_t cipa, uint8_t access, uint64_t pa):

@@ -165,7 +165,9 @@ def attach(
 class Cpu:
     """A Unicorn instance whose second stage is a ``NestedVM``. From ``attach``.
 
-    Thread safety: one thread runs; ``sync``, ``stop``, ``unmap`` and ``flush`` may be called by any, and by hooks.
+    Thread safety: one thread runs; ``sync``, ``stop``, ``unmap`` and ``flush`` may be called by any, by handlers,
+    devices and hooks. Who calls them must not hold a lock that a hook of his own on ``uc`` waits for; handlers,
+    ``populate`` and devices may wait for it.
     """
 
     def __init__(
@@ -286,7 +288,10 @@ class Cpu:
             raise NotImplementedError("L2's stage 1 is on (SCTLR_EL1.M), which this adapter does not walk")
 
     def stop(self) -> None:
-        """End ``run``, which returns ``Exit.STOPPED``; wait until L2 is out. Nothing where it does not run."""
+        """End ``run``, which returns ``Exit.STOPPED``; wait until L2 is out, except in a hook.
+
+        Nothing happens where it does not run.
+        """
         self._native.stop()
 
     def sync(self) -> None:
@@ -345,6 +350,7 @@ def _device_hooks(owner: "weakref.ref[Cpu]", page: int) -> tuple[Any, ...]:
     def call(uc: Uc, offset: int, size: int, value: int | None) -> int:
         cpu = owner()
         assert cpu is not None and cpu.device is not None
+        cpu._native.quiet()
         try:
             answer = cpu.device(page + offset, size, value)
             if value is None and answer is None:
@@ -354,6 +360,8 @@ def _device_hooks(owner: "weakref.ref[Cpu]", page: int) -> tuple[Any, ...]:
             cpu._device_error = cpu._device_error or error      # it comes out of run(): through Unicorn it would not
             uc.emu_stop()
             return 0
+        finally:
+            cpu._native.wake()
 
     def read(uc: Uc, offset: int, size: int, _data: None) -> int:
         return call(uc, offset, size, None)
