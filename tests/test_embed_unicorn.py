@@ -868,6 +868,7 @@ def test_random_events_against_a_plain_model(rng):
     machine.vm.check()
 
 
-def test_the_example_of_the_balloon(capsys):
-    assert examples.load("unicorn_balloon").main(mib=8, rounds=2)
+@pytest.mark.parametrize("mib, rounds", [(8, 3), (64, 1)])
+def test_the_example_of_the_balloon(capsys, mib, rounds):
+    assert examples.load("unicorn_balloon").main(mib, rounds)
     assert "right" in capsys.readouterr().out
