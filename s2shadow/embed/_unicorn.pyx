@@ -14,8 +14,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport ACCESS_EL0, ACCESS_EXEC, ACCESS_READ, ACCESS_WRITE, PERM_EXEC_EL0
-from s2shadow.atomics cimport cas32, store32
+from s2shadow.atomics cimport cas32, load32, store32
 from s2shadow.fault cimport STEP_DONE, fault_run, step_t
+from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, region_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, TLBI_ALL, hw_tlbi_t, owed_take
@@ -23,10 +24,7 @@ from s2shadow.table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
 )
 from s2shadow.tlbi cimport TLBI_OK, tlbi_lookup, tlbi_op_t
-from s2shadow.vm cimport (
-    KIND_MAPPED, KIND_MMIO, KIND_RETRY, NO_CONTEXT, fault_t, forget_guest_path, lock_shared, sched_yield, unlock,
-    vcpu_t, vm_t,
-)
+from s2shadow.vm cimport KIND_MAPPED, KIND_MMIO, KIND_RETRY, NO_CONTEXT, fault_t, forget_guest_path, vcpu_t, vm_t
 
 cdef extern from *:
     """
@@ -96,7 +94,6 @@ cdef struct hub_t:
     pthread_mutex_t lock        # outer to every lock of the engine
     vm_t *vm
     cpu_t *first
-    uint64_t seq                # of the engine's queue when it was last drained
 
 # The addresses of Unicorn's functions and its constants.
 cdef struct api_t:
@@ -143,8 +140,7 @@ cdef struct cpu_t:
     # what Unicorn's TLB holds
     uint32_t context
     uint64_t generation
-    uint8_t has_mmio
-    uint64_t mmio_seq
+    uint8_t has_mmio            # device pages, which no row that is owed speaks of
     # the access that a fill could not serve
     uint8_t refused
     uint8_t refused_access
@@ -185,10 +181,8 @@ cdef c_bool fill_tlb(void *_uc, uint64_t vaddr, int kind, entry_t *entry, void *
     access = ACCESS_READ if kind == MEM_READ else ACCESS_WRITE if kind == MEM_WRITE else fetch_access(cpu)
     cpu.fills += 1
     grant = &cpu.grants[access == ACCESS_WRITE]
-    if grant.given and vaddr == grant.ipa and not cpu.has_mmio:
-        # Before the engine is asked: whoever changes the answer after it was given then finds this set.
-        cpu.mmio_seq = cpu.vm.owed.seq
-        cpu.has_mmio = True
+    if grant.given and vaddr == grant.ipa:
+        cpu.has_mmio = True     # before the engine is asked: who changes the answer after it was given finds this set
     for _try in range(RETRIES):
         at = 0
         step = fault_run(cpu.vm, cpu.vcpu, &vaddr, &access, 0, &row, 1, &at)
@@ -244,7 +238,7 @@ cdef uint32_t sys_instruction(void *_uc, int _reg, const cp_reg_t *cp, void *use
     apply_tlbi(cpu.vm, &op, cp.val, &regs, &result)
     pthread_mutex_lock(&cpu.hub.lock)
     cpu.flush = True                        # whether or not a leaf fell: entries may be of one that went before
-    drain(cpu.hub)
+    drain(cpu.hub, True)
     settle(cpu.hub, NULL)
     pthread_mutex_unlock(&cpu.hub.lock)
     if not cpu.stop:                        # else it is issued again: a PC that is written makes Unicorn forget a stop
@@ -278,17 +272,16 @@ cdef void flush_now(cpu_t *cpu) noexcept nogil:
     cpu.flushes += 1
 
 
-cdef void drain(hub_t *hub) noexcept nogil:
-    """Take what the engine owes its hardware and mark the CPUs that it concerns. The hub's lock is held."""
+cdef void drain(hub_t *hub, bint full) noexcept nogil:
+    """Take what the engine owes its hardware and mark the CPUs that it concerns. ``full``: also those whose entries no
+    row speaks of. The hub's lock is held."""
     cdef hw_tlbi_t rows[ROWS]
-    cdef uint32_t taken = ROWS, i
-    cdef uint64_t seq
+    cdef uint32_t taken, i
     cdef cpu_t *cpu
-    while taken == ROWS:
-        lock_shared(&hub.vm.lock)           # rows of an operation show once its section is over
+    while load32(&hub.vm.owed.count):
+        lock_exclusive(&hub.vm.lock)        # rows of an operation show once its section is over
         taken = owed_take(&hub.vm.owed, rows, ROWS)
-        seq = hub.vm.owed.seq
-        unlock(&hub.vm.lock)
+        unlock_exclusive(&hub.vm.lock)
         for i in range(taken):
             cpu = hub.first
             while cpu != NULL:
@@ -296,12 +289,10 @@ cdef void drain(hub_t *hub) noexcept nogil:
                     cpu.flush = True
                 cpu = cpu.next
     cpu = hub.first
-    while cpu != NULL:
-        # no row speaks of device pages, and none of anything where the engine keeps no queue
-        if cpu.has_mmio and cpu.mmio_seq != seq or not hub.vm.owed.track and hub.seq != seq:
+    while cpu != NULL and full:
+        if cpu.has_mmio or not hub.vm.owed.track:
             cpu.flush = True
         cpu = cpu.next
-    hub.seq = seq
 
 
 cdef bint kick(hub_t *hub, const cpu_t *stopping, bint in_hook) noexcept nogil:
@@ -345,7 +336,7 @@ cdef void settle(hub_t *hub, const cpu_t *stopping) noexcept nogil:
         wake(own)
 
 
-cdef int enter(cpu_t *cpu, GuestMemory mem) noexcept nogil:
+cdef int enter(cpu_t *cpu, GuestMemory mem, bint full) noexcept nogil:
     """Take the vCPU and get Unicorn's TLB in step with its context, and all that is owed done."""
     cdef uint32_t idle = 0
     cdef vcpu_t *vcpu = cpu.vcpu
@@ -359,7 +350,7 @@ cdef int enter(cpu_t *cpu, GuestMemory mem) noexcept nogil:
         forget_guest_path(vcpu)
         if cpu.has_mmio:
             cpu.flush = True
-    drain(cpu.hub)
+    drain(cpu.hub, full)
     settle(cpu.hub, NULL)
     if cpu.stop:
         pthread_mutex_unlock(&cpu.hub.lock)
@@ -414,7 +405,7 @@ cdef class Hub:
         """Drain what the engine owes; return when no CPU can reach what it names."""
         with nogil:
             pthread_mutex_lock(&self.c.lock)
-            drain(&self.c)
+            drain(&self.c, True)
             settle(&self.c, NULL)
             pthread_mutex_unlock(&self.c.lock)
 
@@ -554,13 +545,16 @@ cdef class Attachment:
             self.c.stop = False
             pthread_mutex_unlock(&self.c.hub.lock)
 
-    def resume(self, uint64_t pc, uint64_t until):
-        """Run until something else than a flush ends it -> (uc_err, pc, whether it came to ``until``)."""
+    def resume(self, uint64_t pc, uint64_t until, bint synced):
+        """Run until something else than a flush ends it -> (uc_err, pc, whether it came to ``until``).
+
+        ``synced``: since it last ran nobody changed what no row speaks of."""
         cdef int error = ERR_OK, status
         cdef bint kicked
         with nogil:
             while True:
-                status = enter(&self.c, self.mem)
+                status = enter(&self.c, self.mem, not synced)
+                synced = True
                 if status != ENTERED:
                     break
                 error = self.api.emu_start(self.c.uc, pc, until, 0, 0)

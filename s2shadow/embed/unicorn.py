@@ -236,9 +236,10 @@ class Cpu:
             self._native.end()
 
     def _run(self, pc: int, until: int) -> Exit:
+        synced = False
         while True:
             self.uc._hook_exception = None
-            error, pc, done = self._native.resume(pc, until)
+            error, pc, done = self._native.resume(pc, until, synced)
             raised = self._device_error or self.uc._hook_exception
             if raised is not None:
                 self._device_error = None
@@ -248,7 +249,7 @@ class Cpu:
             if self._native.stage1_on:
                 raise NotImplementedError("L2 turned its stage 1 on (SCTLR_EL1.M), which this adapter does not walk")
             if error == unicorn_const.UC_ERR_EXCEPTION and self._native.refused is not None:
-                self._serve(*self._native.refused, pc)
+                synced = self._serve(*self._native.refused, pc)
             elif error:
                 raise UcError(error)
             elif self._native.stopping:
@@ -256,20 +257,20 @@ class Cpu:
             else:
                 return Exit.HALTED
 
-    def _serve(self, ipa: int, access: int, pc: int) -> None:
-        """Answer an access that the native fill could not."""
+    def _serve(self, ipa: int, access: int, pc: int) -> bool:
+        """Answer an access that the native fill could not; False where L1 ran, and may have done TLBIs."""
         fault = self.vcpu.fault(ipa, access)        # asks populate; MemoryError where there is no room
         if fault.kind in (Kind.HIT, Kind.MAPPED):
-            return
+            return True
         if fault.kind == Kind.RETRY:
             time.sleep(0)
-            return
+            return True
         abort = Abort(fault, Access(access), pc)
         if fault.kind == Kind.L1_FAULT and self.on_l1_fault is not None and self.on_l1_fault(abort):
-            return
+            return False
         if fault.kind == Kind.MMIO and self.device is not None and not access & Access.EXEC:
             self._let_at_device(fault, access)
-            return
+            return True
         raise UnhandledFault(abort)
 
     def _let_at_device(self, fault: Fault, access: int) -> None:
