@@ -1,9 +1,13 @@
 """The native half of ``s2shadow.embed.unicorn``: what Unicorn calls, and the shootdown between its CPUs.
 
 A ``Hub`` is what the CPUs of one ``NestedVM`` share. Unicorn's TLB belongs to one instance and can only be flushed by
-the thread that runs it, so that a flush is asked for (``cpu.flush``), the CPU is made to leave what it is at
-(``uc_emu_stop``), and it flushes before it goes on. Who asked waits until no CPU is ``INSIDE`` with a flush to make.
-A CPU whose own thread waits here, out of one of its hooks, is ``QUIET``: it runs nothing, and flushes before it does.
+the thread that runs it. So a flush is asked for (``cpu.flush``, ``cpu.attention``), and done by the CPU's own thread in
+a hook that comes before every translated block, or before it enters Unicorn. Who asked waits until no CPU is ``INSIDE``
+with a flush to make. A CPU whose thread waits here, out of one of its hooks, is ``QUIET``: it runs nothing, and flushes
+before it does.
+
+``uc_emu_stop`` from another thread would not do: it stops between blocks that jump to each other directly, where the
+PC that Unicorn 2.1 then shows is that of an earlier one.
 
 Unicorn is found at run time, as addresses of its functions: nothing of it is needed to build this module.
 """
@@ -70,6 +74,7 @@ cdef extern from *:
 
 cdef enum:
     ROWS = 64                   # owed rows taken at a time
+    SPINS = 200                 # looks at a CPU that is to flush before naps between them
     RETRIES = 64                # looks at a range that an invalidation is at work on, before the CPU leaves
     ERR_OK = 0                  # uc_err
     ERR_EXCEPTION = 21
@@ -107,6 +112,7 @@ cdef struct api_t:
     map_ptr_t map_ptr
     int hook_tlb_fill
     int hook_insn
+    int hook_block
     int insn_sys
     int insn_msr
     int flush_control
@@ -130,8 +136,8 @@ cdef struct cpu_t:
     cpu_t *next
     uint64_t thread             # that it runs on
     uint32_t state
-    uint8_t flush               # as the next four, under the hub's lock
-    uint8_t kicked              # uc_emu_stop was called for a flush
+    uint32_t attention          # for the next block: there is something to do
+    uint8_t flush               # as the next two, under the hub's lock
     uint8_t active              # run() is under way
     uint8_t stop
     uint8_t why                 # it stopped by itself
@@ -151,7 +157,7 @@ cdef struct cpu_t:
     uint64_t fills
     uint64_t tlbis
     uint64_t flushes
-    uint64_t stops
+    uint64_t interruptions
 
 
 # --- what Unicorn calls ---
@@ -241,12 +247,11 @@ cdef uint32_t sys_instruction(void *_uc, int _reg, const cp_reg_t *cp, void *use
     drain(cpu.hub, True)
     settle(cpu.hub, NULL)
     pthread_mutex_unlock(&cpu.hub.lock)
-    if not cpu.stop:                        # else it is issued again: a PC that is written makes Unicorn forget a stop
-        skip_instruction(cpu)
+    skip_instruction(cpu)
     return 1
 
 
-cdef uint32_t msr_instruction(void *uc, int _reg, const cp_reg_t *cp, void *user) noexcept nogil:
+cdef uint32_t msr_instruction(void *_uc, int _reg, const cp_reg_t *cp, void *user) noexcept nogil:
     """UC_HOOK_INSN for MSR: stop where L2 turns its own stage 1 on, which nobody here would walk."""
     cdef cpu_t *cpu = <cpu_t *>user
     if cp.op0 != 3 or cp.op1 != 0 or cp.crn != 1 or cp.crm != 0 or cp.op2 != 0 or not cp.val & 1:
@@ -254,8 +259,27 @@ cdef uint32_t msr_instruction(void *uc, int _reg, const cp_reg_t *cp, void *user
     if cpu.state != INSIDE:
         return 0
     cpu.why = STAGE1_ON
-    cpu.api.emu_stop(uc)
+    store32(&cpu.attention, 1)
     return 1
+
+
+cdef void next_block(void *uc, uint64_t address, uint32_t _size, void *user) noexcept nogil:
+    """UC_HOOK_BLOCK, the only place where a CPU is stopped or flushed while it runs: its PC is right here.
+
+    Writing the PC makes Unicorn look the block up again: blocks that jump to each other directly ask no TLB."""
+    cdef cpu_t *cpu = <cpu_t *>user
+    if not load32(&cpu.attention):
+        return
+    pthread_mutex_lock(&cpu.hub.lock)
+    store32(&cpu.attention, 0)
+    if cpu.flush:
+        flush_now(cpu)
+        cpu.interruptions += 1
+    if cpu.stop or cpu.why:
+        cpu.api.emu_stop(uc)
+    else:
+        cpu.api.reg_write(uc, cpu.api.reg_pc, &address)
+    pthread_mutex_unlock(&cpu.hub.lock)
 
 
 cdef inline bint is_probe(const cpu_t *cpu, uint64_t pc) noexcept nogil:
@@ -295,16 +319,15 @@ cdef void drain(hub_t *hub, bint full) noexcept nogil:
         cpu = cpu.next
 
 
-cdef bint kick(hub_t *hub, const cpu_t *stopping, bint in_hook) noexcept nogil:
-    """Make the CPUs leave that have a flush to make, and ``stopping``; False if there is none inside any more. Who is
+cdef bint ask(hub_t *hub, const cpu_t *stopping, bint in_hook) noexcept nogil:
+    """Make the CPUs look up that have a flush to make, and ``stopping``; False if there is none inside any more. Who is
     in a hook himself does not wait for the end of another one's."""
     cdef cpu_t *cpu = hub.first
     cdef bint any = False
     while cpu != NULL:
         if cpu.state == INSIDE and (cpu.flush or cpu == stopping):
             any = True
-            cpu.kicked = True
-            cpu.api.emu_stop(cpu.uc)
+            store32(&cpu.attention, 1)
         elif cpu == stopping and cpu.state == QUIET and not in_hook:
             any = True
         cpu = cpu.next
@@ -312,25 +335,31 @@ cdef bint kick(hub_t *hub, const cpu_t *stopping, bint in_hook) noexcept nogil:
 
 
 cdef void wake(cpu_t *cpu) noexcept nogil:
-    """Back from waiting in a hook: what was asked for meanwhile comes before L2."""
+    """Back from waiting in a hook: what was asked for meanwhile comes before L2 goes on."""
     if cpu.flush:
         flush_now(cpu)
-    cpu.state = INSIDE
+        store32(&cpu.attention, 1)          # and the code that it is at is looked up again
     if cpu.stop:
-        cpu.api.emu_stop(cpu.uc)
+        store32(&cpu.attention, 1)
+    cpu.state = INSIDE
 
 
 cdef void settle(hub_t *hub, const cpu_t *stopping) noexcept nogil:
     """Until every flush asked for is done, or will be before its CPU runs. The hub's lock is held, and let go of while
-    waiting. The stop is sent again and again: one that comes while emulation starts or restarts is lost."""
+    waiting: for a block at first, then for whatever takes longer."""
+    cdef int tries = 0
     cdef cpu_t *own = hub.first
     while own != NULL and not (own.state == INSIDE and own.thread == this_thread()):
         own = own.next
     if own != NULL:
         own.state = QUIET
-    while kick(hub, stopping, own != NULL):
+    while ask(hub, stopping, own != NULL):
         pthread_mutex_unlock(&hub.lock)
-        nap()
+        if tries < SPINS:
+            sched_yield()
+        else:
+            nap()
+        tries += 1
         pthread_mutex_lock(&hub.lock)
     if own != NULL:
         wake(own)
@@ -362,6 +391,7 @@ cdef int enter(cpu_t *cpu, GuestMemory mem, bint full) noexcept nogil:
         cpu.flush = True
     if cpu.flush:
         flush_now(cpu)
+    store32(&cpu.attention, 0)
     cpu.refused = False
     cpu.thread = this_thread()
     cpu.state = INSIDE
@@ -369,17 +399,11 @@ cdef int enter(cpu_t *cpu, GuestMemory mem, bint full) noexcept nogil:
     return ENTERED
 
 
-cdef bint leave(cpu_t *cpu) noexcept nogil:
-    """True if a flush is why it left."""
-    cdef bint kicked
+cdef void leave(cpu_t *cpu) noexcept nogil:
     pthread_mutex_lock(&cpu.hub.lock)
     cpu.state = OUTSIDE
-    kicked = cpu.kicked
-    cpu.kicked = False
-    cpu.stops += kicked
     pthread_mutex_unlock(&cpu.hub.lock)
     store32(&cpu.vcpu.busy, 0)
-    return kicked
 
 
 @cython.no_gc_clear
@@ -416,7 +440,7 @@ cdef class Attachment:
 
     cdef cpu_t c
     cdef api_t api
-    cdef size_t hooks[3]
+    cdef size_t hooks[4]
     cdef int hook_count
     cdef Hub hub
     cdef GuestMemory mem
@@ -444,6 +468,7 @@ cdef class Attachment:
         self.api.map_ptr = <map_ptr_t><uintptr_t>functions["uc_mem_map_ptr"]
         self.api.hook_tlb_fill = constants["hook_tlb_fill"]
         self.api.hook_insn = constants["hook_insn"]
+        self.api.hook_block = constants["hook_block"]
         self.api.insn_sys = constants["insn_sys"]
         self.api.insn_msr = constants["insn_msr"]
         self.api.flush_control = constants["flush_control"]
@@ -472,6 +497,9 @@ cdef class Attachment:
                                       1, 0, self.api.insn_msr)
         if error == ERR_OK:
             self.hook_count = 3
+            error = self.api.hook_add(self.c.uc, &self.hooks[3], self.api.hook_block, <void *>next_block, &self.c, 1, 0)
+        if error == ERR_OK:
+            self.hook_count = 4
         with nogil:
             pthread_mutex_lock(&self.hub.c.lock)
             self.c.next = self.hub.c.first
@@ -546,25 +574,19 @@ cdef class Attachment:
             pthread_mutex_unlock(&self.c.hub.lock)
 
     def resume(self, uint64_t pc, uint64_t until, bint synced):
-        """Run until something else than a flush ends it -> (uc_err, pc, whether it came to ``until``).
+        """Run until something ends it -> (uc_err, pc, whether it came to ``until``).
 
         ``synced``: since it last ran nobody changed what no row speaks of."""
         cdef int error = ERR_OK, status
-        cdef bint kicked
         with nogil:
-            while True:
-                status = enter(&self.c, self.mem, not synced)
-                synced = True
-                if status != ENTERED:
-                    break
+            status = enter(&self.c, self.mem, not synced)
+            if status == ENTERED:
                 error = self.api.emu_start(self.c.uc, pc, until, 0, 0)
-                kicked = leave(&self.c)
+                leave(&self.c)
                 self.api.reg_read(self.c.uc, self.api.reg_pc, &pc)
-                if error == ERR_EXCEPTION and is_probe(&self.c, pc):
-                    self.c.refused = False
-                    error = ERR_OK
-                if error != ERR_OK or pc == until or not kicked or self.c.stop or self.c.why:
-                    break
+        if error == ERR_EXCEPTION and is_probe(&self.c, pc):
+            self.c.refused = False
+            error = ERR_OK
         if status == BUSY:
             raise RuntimeError("the vCPU is in use by another thread")
         if status == NOT_LOADED:
@@ -579,7 +601,7 @@ cdef class Attachment:
             if self.c.active:
                 self.c.stop = True
                 if self.c.state != OUTSIDE and self.c.thread == this_thread():
-                    self.c.api.emu_stop(self.c.uc)
+                    store32(&self.c.attention, 1)
                 else:
                     settle(self.c.hub, &self.c)
             pthread_mutex_unlock(&self.c.hub.lock)
@@ -641,5 +663,5 @@ cdef class Attachment:
 
     @property
     def counters(self):
-        """(fills, tlbis, flushes, stops for a flush)"""
-        return self.c.fills, self.c.tlbis, self.c.flushes, self.c.stops
+        """(fills, tlbis, flushes, those of them amid a run)"""
+        return self.c.fills, self.c.tlbis, self.c.flushes, self.c.interruptions

@@ -69,7 +69,7 @@ class Exit(IntEnum):
 
 
 class Counters(NamedTuple):
-    """Of one CPU: TLB fills asked for, TLBIs handed to the engine, TLB flushes, runs interrupted for one."""
+    """Of one CPU: TLB fills asked for, TLBIs handed to the engine, TLB flushes, and those of them amid a run."""
 
     fills: int
     tlbis: int
@@ -298,7 +298,7 @@ class Cpu:
     def sync(self) -> None:
         """Return when no CPU of the VM can reach what the host or L1 took before the call.
 
-        CPUs that hold none of it are not disturbed; those that do leave emulation for about 30 µs.
+        CPUs that hold none of it are not disturbed; those that do flush before the next block that they execute.
         """
         self._hub.sync()
 
@@ -348,7 +348,7 @@ def _detach(native: Attachment, mapped: list[tuple[int, int]]) -> None:
 def _device_hooks(owner: "weakref.ref[Cpu]", page: int) -> tuple[Any, ...]:
     """Arguments of ``mmio_map`` for a device page. Unicorn keeps them: they must not keep the ``Cpu``."""
 
-    def call(uc: Uc, offset: int, size: int, value: int | None) -> int:
+    def call(offset: int, size: int, value: int | None) -> int:
         cpu = owner()
         assert cpu is not None and cpu.device is not None
         cpu._native.quiet()
@@ -359,16 +359,16 @@ def _device_hooks(owner: "weakref.ref[Cpu]", page: int) -> tuple[Any, ...]:
             return operator.index(answer or 0) & (1 << 8 * size) - 1
         except BaseException as error:
             cpu._device_error = cpu._device_error or error      # it comes out of run(): through Unicorn it would not
-            uc.emu_stop()
+            cpu._native.stop()
             return 0
         finally:
             cpu._native.wake()
 
-    def read(uc: Uc, offset: int, size: int, _data: None) -> int:
-        return call(uc, offset, size, None)
+    def read(_uc: Uc, offset: int, size: int, _data: None) -> int:
+        return call(offset, size, None)
 
-    def write(uc: Uc, offset: int, size: int, value: int, _data: None) -> None:
-        call(uc, offset, size, value)
+    def write(_uc: Uc, offset: int, size: int, value: int, _data: None) -> None:
+        call(offset, size, value)
 
     return read, None, write, None
 
@@ -407,6 +407,7 @@ def _constants(page: int) -> dict[str, int]:
     return {
         "hook_tlb_fill": unicorn_const.UC_HOOK_TLB_FILL,
         "hook_insn": unicorn_const.UC_HOOK_INSN,
+        "hook_block": unicorn_const.UC_HOOK_BLOCK,
         "insn_sys": arm64_const.UC_ARM64_INS_SYS,
         "insn_msr": arm64_const.UC_ARM64_INS_MSR,
         "flush_control": unicorn_const.UC_CTL_TLB_FLUSH | unicorn_const.UC_CTL_IO_WRITE << 30,
