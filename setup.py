@@ -40,7 +40,7 @@ directives = {
 }
 extensions = [
     Extension(
-        f"s2shadow.{path.stem}",
+        ".".join(path.with_suffix("").parts),
         [path.as_posix()],
         include_dirs=["s2shadow/include"],
         extra_compile_args=compile_args,
@@ -48,7 +48,7 @@ extensions = [
         define_macros=[("CYTHON_INLINE", "inline __attribute__((always_inline))")],
         extra_link_args=["-pthread", *SANITIZE],
     )
-    for path in sorted(Path("s2shadow").glob("*.pyx"))
+    for path in sorted(Path("s2shadow").rglob("*.pyx"))
 ]
 
 if __name__ == "__main__":  # cythonize's worker processes may import this file
