@@ -440,19 +440,30 @@ cdef inline void go_on(mem_view_t *view, int level, uint64_t address, int64_t i,
     prefetch(walks.entries[i])
 
 
-cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
+cdef bint look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
                      walks_t *walks) noexcept nogil:
     """Take walks through all tables but the last descriptor, side by side: while one waits for memory, others go on,
-    and each finds its line fetched when it is its turn again. What a walk stops at is left where it is: the walk
-    proper, which reads it anew, decides about it."""
+    and each finds its line fetched when it is its turn again. First once as far as all share the way. What a walk stops
+    at is left where it is: the walk proper, which reads it anew, decides about it. False for walks that have no
+    tables."""
     cdef int level = config.start_level, shift = config.start_shift - 3
-    cdef uint64_t desc
+    cdef uint64_t apart = 0, table = config.base, mask = ~<uint64_t>7, desc = 0
     cdef int64_t i
+    for i in range(n):
+        apart |= ipas[i] ^ ipas[0]
+    if (apart | ipas[0]) >> config.ia_bits:
+        return False
+    while level < FINAL_LEVEL and not apart >> shift >> 3:
+        if not read_desc(view, level, table + (ipas[0] >> shift & mask), False, &desc) or not plain_table(config, desc):
+            break
+        table = desc & config.oa.mask
+        mask = config.entry_mask
+        shift -= config.stride
+        level += 1
     for i in range(n):
         walks.entries[i] = &NO_ENTRY
         walks.levels[i] = <int8_t>level
-        if not ipas[i] >> config.ia_bits:
-            go_on(view, level, config.base + (ipas[i] >> shift & ~<uint64_t>7), i, walks)
+        go_on(view, level, table + (ipas[i] >> shift & mask), i, walks)
     while level < FINAL_LEVEL:
         shift -= config.stride
         for i in range(n):
@@ -460,6 +471,7 @@ cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t
             if walks.levels[i] == level and plain_table(config, desc):
                 go_on(view, level + 1, entry_in(config, desc, ipas[i], shift), i, walks)
         level += 1
+    return True
 
 
 cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, const uint8_t *masks,
@@ -473,11 +485,11 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
     cdef int64_t first = 0, last, i
     cdef uint8_t access, same_access = 0
     cdef int8_t same_level = 0
-    cdef bint together = config.plain and n > 1
+    cdef bint together = False
     while first < n:
         last = first + WALKS_TOGETHER if n - first > WALKS_TOGETHER else n
-        if together:
-            look_ahead(view, config, ipas + first, last - first, &walks)
+        if config.plain and last - first > 1:
+            together = look_ahead(view, config, ipas + first, last - first, &walks)
         for i in range(last - first):
             access = masks[(first + i) * stride]
             ipa = ipas[first + i]
@@ -502,6 +514,7 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
             walk_stage2(view, config, ipa, access, update, &row)
             out[first + i] = row
         first = last
+        together = False
 
 
 cdef class Walk:
