@@ -16,6 +16,7 @@ from s2shadow.arch cimport (
     mostly_read_only, required_perm, s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
+from s2shadow.arrays cimport as_access, batch_t, take_addresses, take_masks, take_output
 from s2shadow.atomics cimport load64, prefetch
 from s2shadow.config cimport Stage2Config, fault_text
 from s2shadow.memory cimport (
@@ -717,74 +718,29 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
 
     ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE``[n] to write into.
     """
-    cdef const uint64_t[::1] addresses = as_addresses(ipas)
-    cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
-    cdef Py_ssize_t n = addresses.shape[0], at = 0, end, stride = 1 if masks.shape[0] > 1 else 0
-    cdef uint8_t[::1] raw
-    cdef walk_t *rows
+    cdef batch_t batch
+    cdef void *rows = NULL
     cdef mem_view_t view
-    out = as_output(out, WALK_DTYPE, n)
-    if n == 0:
-        return out
-    raw = out.view(np.uint8)
-    rows = <walk_t *>&raw[0]
+    cdef int64_t at = 0, n
+    ipas = take_addresses(ipas, &batch)
+    access = take_masks(access, &batch)
+    out = take_output(out, WALK_DTYPE, &batch, &rows)
     mem.pin(&view)
     try:
-        while at < n:
-            end = min(n, at + SIGNAL_CHECK_INTERVAL)
-            with nogil:
-                walk_run(&view, &cfg.c, &addresses[at], &masks[at * stride], stride, update, rows + at, end - at)
-            at = end
-            PyErr_CheckSignals()
+        while at < batch.n:
+            n = min(batch.n - at, SIGNAL_CHECK_INTERVAL)
+            if at:
+                PyErr_CheckSignals()
+            if n == 1:                      # letting go of the GIL costs more than one walk
+                walk_run(&view, &cfg.c, batch.ipas + at, batch.masks + at * batch.stride, 0, update,
+                         <walk_t *>rows + at, 1)
+            else:
+                with nogil:
+                    walk_run(&view, &cfg.c, batch.ipas + at, batch.masks + at * batch.stride, batch.stride, update,
+                             <walk_t *>rows + at, n)
+            at += n
     finally:
         mem.unpin()
-    return out
-
-
-def as_addresses(ipas):
-    """A C-contiguous uint64 vector, without a copy where possible."""
-    array = np.asarray(ipas)
-    if array.dtype != np.uint64:
-        if array.size and array.dtype.kind not in "ui":
-            raise TypeError(f"ipas must be integers, got {array.dtype}")
-        if array.dtype.kind == "i" and array.size and array.min() < 0:
-            raise ValueError("ipas must not be negative")
-        array = array.astype(np.uint64)
-    if array.ndim != 1:
-        raise ValueError(f"ipas must be one-dimensional, got {array.ndim} dimensions")
-    return np.ascontiguousarray(array)
-
-
-def as_access(access):
-    """One access mask, checked."""
-    mask = as_u64(access, "access")
-    if mask > 31:
-        raise ValueError(f"access must be made of READ, WRITE, EXEC, EL0 and PTW, got {mask:#x}")
-    return mask
-
-
-def as_masks(access, n):
-    """A uint8 vector of ``n`` access masks, or of one that stands for all."""
-    array = np.asarray(access)
-    if array.ndim == 0:
-        return np.array([as_access(access)], dtype=np.uint8)
-    if array.shape != (n,):
-        raise ValueError(f"access must be one mask or have the length of ipas ({n}), got shape {array.shape}")
-    if array.dtype.kind not in "ui":
-        raise TypeError(f"access must be integers, got {array.dtype}")
-    if array.size and (array.min() < 0 or array.max() > 31):
-        raise ValueError("access must be made of READ, WRITE, EXEC, EL0 and PTW")
-    return np.ascontiguousarray(array, dtype=np.uint8)
-
-
-def as_output(out, dtype, n):
-    """``out`` checked, or a new array."""
-    if out is None:
-        return np.empty(n, dtype=dtype)
-    if not isinstance(out, np.ndarray) or out.dtype != dtype:
-        raise TypeError(f"out must be an array of {dtype}")
-    if out.shape != (n,) or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError(f"out must be a writable C-contiguous array of {n} elements, got shape {out.shape}")
     return out
 
 
