@@ -11,6 +11,7 @@ A module that asks for C++ (``# distutils: language = c++``) is built with the s
 import os
 from pathlib import Path
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -45,7 +46,11 @@ extensions = [
         include_dirs=["s2shadow/include"],
         extra_compile_args=compile_args,
         # the small functions of the rooms below are meant to vanish into the hot ones, whatever a compiler's limits say
-        define_macros=[("CYTHON_INLINE", "inline __attribute__((always_inline))")],
+        define_macros=[
+            ("CYTHON_INLINE", "inline __attribute__((always_inline))"),
+            ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
+        ],
+        include_dirs=[numpy.get_include()],
         extra_link_args=["-pthread", *SANITIZE],
     )
     for path in sorted(Path("s2shadow").rglob("*.pyx"))

@@ -18,6 +18,7 @@ from s2shadow.arch cimport (
     largest_leaf_level, leaf_level_within, level_span, s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
+from s2shadow.arrays cimport as_access, batch_t, take_addresses, take_masks, take_output
 from s2shadow.atomics cimport cas32, load64, load_pointer, store32
 from s2shadow.check cimport check_vm, finding_t
 from s2shadow.config cimport decode_config, fill_features, s2_config_t
@@ -57,7 +58,7 @@ from s2shadow.constants import HCR_FWB, HCR_VM, TEARDOWNS, Access, Kind, perm_te
 from s2shadow.features import Features
 from s2shadow.mapping import HostMapping, Linear, memattr_code, perm_mask
 from s2shadow.tlbi import UndefinedInstruction, operation_name
-from s2shadow.walker import as_access, as_addresses, as_masks, as_output, leaves as table_leaves
+from s2shadow.walker import leaves as table_leaves
 
 FAULT_DTYPE = np.dtype([("kind", "u1"), ("fsc", "u1"), ("level", "i1"), ("perm", "u1"), ("context", "u2"),
                         ("ipa", "u8"), ("cipa", "u8"), ("pa", "u8"), ("size", "u8"), ("hpfar", "u8")], align=True)
@@ -968,21 +969,22 @@ cdef class VCPU:
         allocator refuses, the element is NO_MEMORY. An exception from a populate callable stops at that element and
         propagates; the ones before it are done.
         """
-        cdef const uint64_t[::1] addresses = as_addresses(ipas)
-        cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
-        cdef Py_ssize_t n = addresses.shape[0], at = 0, step, stride = 1 if masks.shape[0] > 1 else 0
-        cdef uint8_t[::1] raw
-        out = as_output(out, FAULT_DTYPE, n)
-        if n == 0:
+        cdef batch_t batch
+        cdef void *rows = NULL
+        cdef int64_t at = 0, n
+        ipas = take_addresses(ipas, &batch)
+        access = take_masks(access, &batch)
+        out = take_output(out, FAULT_DTYPE, &batch, &rows)
+        if batch.n == 0:
             return out
-        raw = out.view(np.uint8)
         self.enter_loaded()
         try:
-            while at < n:
-                step = min(n - at, SIGNAL_CHECK_INTERVAL)
-                self.run(&addresses[at], &masks[at * stride], stride, <fault_t *>&raw[0] + at, step)
-                at += step
-                PyErr_CheckSignals()
+            while at < batch.n:
+                n = min(batch.n - at, SIGNAL_CHECK_INTERVAL)
+                if at:
+                    PyErr_CheckSignals()
+                self.run(batch.ipas + at, batch.masks + at * batch.stride, batch.stride, <fault_t *>rows + at, n)
+                at += n
         finally:
             self.leave()
         return out
@@ -1051,25 +1053,25 @@ cdef class VCPU:
         return result
 
     def translate_many(self, ipas, access=Access.READ, out=None):
-        """``translate`` for uint64[n] -> ``FAULT_DTYPE[n]``; ``access`` and ``out`` as in ``fault_many``, GIL
-        released."""
-        cdef const uint64_t[::1] addresses = as_addresses(ipas)
-        cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
-        cdef Py_ssize_t n = addresses.shape[0], at = 0, step, stride = 1 if masks.shape[0] > 1 else 0
-        cdef uint8_t[::1] raw
-        out = as_output(out, FAULT_DTYPE, n)
-        if n == 0:
+        """``translate`` for uint64[n] -> ``FAULT_DTYPE[n]``; ``access`` and ``out`` as in ``fault_many``, GIL released."""
+        cdef batch_t batch
+        cdef void *rows = NULL
+        cdef int64_t at = 0, n
+        ipas = take_addresses(ipas, &batch)
+        access = take_masks(access, &batch)
+        out = take_output(out, FAULT_DTYPE, &batch, &rows)
+        if batch.n == 0:
             return out
-        raw = out.view(np.uint8)
         self.enter_loaded()
         try:
-            while at < n:
-                step = min(n - at, SIGNAL_CHECK_INTERVAL)
+            while at < batch.n:
+                n = min(batch.n - at, SIGNAL_CHECK_INTERVAL)
+                if at:
+                    PyErr_CheckSignals()
                 with nogil:
-                    translate_run(&self.engine.vm, self.c, &addresses[at], &masks[at * stride], stride,
-                                  <fault_t *>&raw[0] + at, step)
-                at += step
-                PyErr_CheckSignals()
+                    translate_run(&self.engine.vm, self.c, batch.ipas + at, batch.masks + at * batch.stride,
+                                  batch.stride, <fault_t *>rows + at, n)
+                at += n
         finally:
             self.leave()
         return out

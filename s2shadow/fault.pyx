@@ -17,6 +17,7 @@ from s2shadow.arch cimport (
 from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
+from s2shadow.fetchahead cimport fetch_ahead
 from s2shadow.host cimport grant_write, populate_linear
 from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
@@ -26,7 +27,7 @@ from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.plainfault cimport fault_plainly, learn_plain
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
 from s2shadow.table cimport (
-    DESC_LOCKED, is_table, leaf_added, links_ensure, page_of, slot_ipa, table_ensure, table_find, table_find_near,
+    DESC_LOCKED, FIND_TOGETHER, find_together, found_t, is_table, leaf_added, links_ensure, page_of, slot_ipa, table_ensure, table_find, table_find_near,
     table_tidy,
 )
 from s2shadow.vm cimport (
@@ -93,15 +94,12 @@ cdef inline bint block_of(vm_t *vm, uint32_t slot, bint exclusive, uint64_t *blo
     return True
 
 
-cdef step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive,
-                          fault_t *out) noexcept nogil:
-    """What the hardware would find in the shadow now: HIT or MISS. Changes nothing that can be seen."""
-    cdef uint64_t desc = 0, block = 0
-    cdef int level = 0
-    cdef uint32_t slot
+cdef inline step_t translate_at(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, uint32_t slot, int level,
+                                uint64_t desc, bint exclusive, fault_t *out) noexcept nogil:
+    """Answer from where the shadow's descent for ``ipa`` ends."""
+    cdef uint64_t block = 0
     begin_result(vcpu, ipa, out)
     out.kind = KIND_MISS
-    slot = shadow_entry(vm, vcpu, ipa, &desc, &level)
     if not desc & DESC_VALID or not desc & DESC_AF or not perm_allows(desc, required_perm(access)):
         return STEP_DONE
     if device_walk_refused(vcpu, desc, access):
@@ -113,23 +111,51 @@ cdef step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, 
     return STEP_DONE
 
 
+cdef inline step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive,
+                                 fault_t *out) noexcept nogil:
+    """What the hardware would find in the shadow now: HIT or MISS. Changes nothing that can be seen."""
+    cdef uint64_t desc = 0
+    cdef int level = 0
+    cdef uint32_t slot = shadow_entry(vm, vcpu, ipa, &desc, &level)
+    return translate_at(vm, vcpu, ipa, access, slot, level, desc, exclusive, out)
+
+
+cdef inline step_t translate_found(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, const found_t *found, int64_t i,
+                                   fault_t *out) noexcept nogil:
+    """The same where the shadow's descent was made together with others', under this shared section. What stands there
+    is read anew: if it is a table by now, the descent goes on."""
+    cdef uint64_t desc = load64(vm.arena.words + found.slots[i])
+    if is_table(desc, found.levels[i]) or ipa >> vm.contexts[vcpu.context].shadow.ia_bits:
+        return translate_one(vm, vcpu, ipa, access, False, out)
+    return translate_at(vm, vcpu, ipa, access, found.slots[i], found.levels[i], desc, False, out)
+
+
 cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                         fault_t *out, int64_t n) noexcept nogil:
     """Translate addresses, under the shared side as far as it goes."""
-    cdef int64_t at = 0, end
+    cdef int64_t at = 0, first, end, chunk = min(FAULT_CHUNK, FIND_TOGETHER)
     cdef step_t step = STEP_DONE
+    cdef found_t found
+    cdef bint together
     while at < n:
-        end = at + FAULT_CHUNK if n - at > FAULT_CHUNK else n
+        first = at
+        end = at + chunk if n - at > chunk else n
+        together = end - first > 1 and step != STEP_EXCLUSIVE
         lock_shared(&vm.lock, vcpu.reader)
+        if together:
+            find_together(&vm.arena, &vm.contexts[vcpu.context].shadow, ipas + first, end - first, &found)
         while at < end:
-            step = translate_one(vm, vcpu, ipas[at], masks[at * stride], False, out + at)
+            if together:
+                step = translate_found(vm, vcpu, ipas[at], masks[at * stride], &found, at - first, out + at)
+            else:
+                step = translate_one(vm, vcpu, ipas[at], masks[at * stride], False, out + at)
             if step != STEP_DONE:
                 break
             at += 1
         unlock_shared(vcpu.reader)
         if step == STEP_EXCLUSIVE:
             lock_exclusive(&vm.lock)
-            step = translate_one(vm, vcpu, ipas[at], masks[at * stride], True, out + at)
+            translate_one(vm, vcpu, ipas[at], masks[at * stride], True, out + at)
             unlock_exclusive(&vm.lock)
             at += 1
 
@@ -464,10 +490,13 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
     """Serve faults from ``at`` on; stops with STEP_POPULATE at the element that needs the embedder."""
     cdef step_t step = STEP_DONE
     cdef fault_t row                        # not the user's array, which another thread may write
-    cdef int64_t end
+    cdef int64_t end, fetched = at[0]
     while at[0] < n:
         end = at[0] + FAULT_CHUNK if n - at[0] > FAULT_CHUNK else n
         lock_shared(&vm.lock, vcpu.reader)
+        if end > fetched:
+            fetch_ahead(vm, vcpu, ipas + fetched, end - fetched)
+            fetched = end
         while at[0] < end:
             if fault_plainly(vm, vcpu, ipas[at[0]], masks[at[0] * stride], &row):
                 step = STEP_DONE

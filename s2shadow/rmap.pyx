@@ -8,7 +8,7 @@ from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
 )
-from s2shadow.vmem cimport release, reserve
+from s2shadow.vmem cimport prefer_huge, release, reserve
 
 cdef enum:
     SMALLEST_RMAP = 1024        # nodes; below this the reservation gives up
@@ -44,6 +44,7 @@ cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
         rmap.marker_heads = <uint32_t *>reserve(marker_count(rmap) * 4)
         if rmap.heads != NULL and rmap.children != NULL and rmap.nodes != NULL and rmap.marker_heads != NULL:
             pthread_mutex_init(&rmap.lock, NULL)
+            prefer_huge(rmap.heads, (<uint64_t>rmap.node_limit << arena.slot_bits) * 4)
             while level_shift(arena.granule_bits, level) + arena.slot_bits < input_bits:
                 level -= 1
             rmap.root = take_node(rmap, level)

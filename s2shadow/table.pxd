@@ -3,7 +3,7 @@
 # A slot is the 32-bit name of one entry: page << slot_bits | index. Slot names are also how the reverse map
 # names a leaf. Page 0 is nil.
 
-from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
 from s2shadow.atomics cimport bump16, fetch_add16, load64, peek64, store64
@@ -76,6 +76,14 @@ ctypedef struct table_t:
     uint8_t concatenated_bits
     int8_t start_level
 
+cdef enum:
+    FIND_TOGETHER = 32
+
+# Where the descents for some addresses end: a leaf, an invalid entry, or what was one of them when it was looked at.
+ctypedef struct found_t:
+    uint32_t slots[FIND_TOGETHER]
+    int8_t levels[FIND_TOGETHER]
+
 cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, uint64_t table_base,
                      uint64_t address_limit, uint64_t max_bytes) noexcept nogil
 cdef void arena_destroy(arena_t *arena) noexcept nogil
@@ -87,6 +95,8 @@ cdef uint64_t page_cost(const arena_t *arena) noexcept nogil
 cdef uint32_t reserve_root(arena_t *arena) noexcept nogil
 cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t context, int ia_bits) noexcept nogil
 cdef uint32_t table_ensure(arena_t *arena, const table_t *table, uint64_t ipa, int target, int *level) noexcept nogil
+cdef void find_together(const arena_t *arena, const table_t *table, const uint64_t *ipas, int64_t n,
+                        found_t *found) noexcept nogil
 cdef bint charge_links(arena_t *arena, page_t *meta) noexcept nogil
 cdef void first_of_level(arena_t *arena, page_t *meta, int tag) noexcept nogil
 cdef void root_in_use(arena_t *arena) noexcept nogil

@@ -5,8 +5,8 @@ from libc.string cimport memset
 from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
-from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, store64
-from s2shadow.vmem cimport release, reserve
+from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, peek64, prefetch, store64
+from s2shadow.vmem cimport prefer_huge, release, reserve
 
 cdef extern from "sched.h" nogil:
     int sched_yield()
@@ -48,6 +48,8 @@ cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, ui
         arena.pages = <page_t *>reserve(arena.page_limit * sizeof(page_t))
         if arena.words != NULL and arena.links != NULL and arena.pages != NULL:
             pthread_mutex_init(&arena.lock, NULL)
+            prefer_huge(arena.words, (<uint64_t>arena.page_limit << arena.slot_bits) * 8)
+            prefer_huge(arena.links, <uint64_t>arena.marker_limit * 8)
             return True
         arena_unmap(arena)
         arena.page_limit >>= 1
@@ -164,6 +166,43 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
         page.context = context
         page.level = table.start_level
         page.ipa = <uint64_t>i << (shift + arena.slot_bits)
+
+
+cdef void find_together(const arena_t *arena, const table_t *table, const uint64_t *ipas, int64_t n,
+                        found_t *found) noexcept nogil:
+    """``table_find`` for up to FIND_TOGETHER addresses, side by side: while one descent waits for memory, others go on.
+    First once as far as all share the way. Addresses beyond the input size find something within it."""
+    cdef int level = table.start_level, bits = arena.slot_bits, shift = level_shift(arena.granule_bits, level)
+    cdef uint64_t apart = 0, mask = ((<uint64_t>1 << table.ia_bits) - 1) >> shift, desc
+    cdef uint32_t base = table.root << bits
+    cdef int64_t i
+    for i in range(1, n):
+        apart |= ipas[i] ^ ipas[0]
+    while level < FINAL_LEVEL and not apart >> shift:
+        desc = peek64(arena.words + (base + (ipas[0] >> shift & mask)))
+        if not is_table(desc, level):
+            break
+        base = child_page(arena, desc) << bits
+        mask = (<uint64_t>1 << bits) - 1
+        shift -= bits
+        level += 1
+    for i in range(n):
+        found.slots[i] = base + <uint32_t>(ipas[i] >> shift & mask)
+        found.levels[i] = <int8_t>level
+        prefetch(arena.words + found.slots[i])
+    mask = (<uint64_t>1 << bits) - 1
+    while level < FINAL_LEVEL:
+        shift -= bits
+        for i in range(n):
+            desc = peek64(arena.words + found.slots[i])
+            if found.levels[i] == level and is_table(desc, level):
+                found.slots[i] = child_page(arena, desc) << bits | <uint32_t>(ipas[i] >> shift & mask)
+                found.levels[i] = <int8_t>(level + 1)
+                prefetch(arena.words + found.slots[i])
+        level += 1
+    if apart >> shift >> bits:              # not within one leaf table
+        for i in range(n):
+            prefetch(arena.links + found.slots[i])
 
 
 cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int level, uint64_t ipa,

@@ -52,7 +52,7 @@ ctypedef struct walks_t:
     uint64_t addresses[WALKS_TOGETHER]
     int8_t levels[WALKS_TOGETHER]
 
-cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
+cdef bint look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
                      walks_t *walks) noexcept nogil
 cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, const uint8_t *masks,
                    int64_t stride, bint update, walk_t *out, int64_t n) noexcept nogil

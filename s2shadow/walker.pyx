@@ -16,6 +16,7 @@ from s2shadow.arch cimport (
     mostly_read_only, required_perm, s2ap_xn_to_perm,
 )
 from s2shadow.arguments cimport as_u64
+from s2shadow.arrays cimport as_access, batch_t, take_addresses, take_masks, take_output
 from s2shadow.atomics cimport load64, prefetch
 from s2shadow.config cimport Stage2Config, fault_text
 from s2shadow.memory cimport (
@@ -440,19 +441,30 @@ cdef inline void go_on(mem_view_t *view, int level, uint64_t address, int64_t i,
     prefetch(walks.entries[i])
 
 
-cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
+cdef bint look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, int64_t n,
                      walks_t *walks) noexcept nogil:
     """Take walks through all tables but the last descriptor, side by side: while one waits for memory, others go on,
-    and each finds its line fetched when it is its turn again. What a walk stops at is left where it is: the walk
-    proper, which reads it anew, decides about it."""
+    and each finds its line fetched when it is its turn again. First once as far as all share the way. What a walk stops
+    at is left where it is: the walk proper, which reads it anew, decides about it. False for walks that have no
+    tables."""
     cdef int level = config.start_level, shift = config.start_shift - 3
-    cdef uint64_t desc
+    cdef uint64_t apart = 0, table = config.base, mask = ~<uint64_t>7, desc = 0
     cdef int64_t i
+    for i in range(n):
+        apart |= ipas[i] ^ ipas[0]
+    if (apart | ipas[0]) >> config.ia_bits:
+        return False
+    while level < FINAL_LEVEL and not apart >> shift >> 3:
+        if not read_desc(view, level, table + (ipas[0] >> shift & mask), False, &desc) or not plain_table(config, desc):
+            break
+        table = desc & config.oa.mask
+        mask = config.entry_mask
+        shift -= config.stride
+        level += 1
     for i in range(n):
         walks.entries[i] = &NO_ENTRY
         walks.levels[i] = <int8_t>level
-        if not ipas[i] >> config.ia_bits:
-            go_on(view, level, config.base + (ipas[i] >> shift & ~<uint64_t>7), i, walks)
+        go_on(view, level, table + (ipas[i] >> shift & mask), i, walks)
     while level < FINAL_LEVEL:
         shift -= config.stride
         for i in range(n):
@@ -460,6 +472,7 @@ cdef void look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t
             if walks.levels[i] == level and plain_table(config, desc):
                 go_on(view, level + 1, entry_in(config, desc, ipas[i], shift), i, walks)
         level += 1
+    return True
 
 
 cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *ipas, const uint8_t *masks,
@@ -473,11 +486,11 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
     cdef int64_t first = 0, last, i
     cdef uint8_t access, same_access = 0
     cdef int8_t same_level = 0
-    cdef bint together = config.plain and n > 1
+    cdef bint together = False
     while first < n:
         last = first + WALKS_TOGETHER if n - first > WALKS_TOGETHER else n
-        if together:
-            look_ahead(view, config, ipas + first, last - first, &walks)
+        if config.plain and last - first > 1:
+            together = look_ahead(view, config, ipas + first, last - first, &walks)
         for i in range(last - first):
             access = masks[(first + i) * stride]
             ipa = ipas[first + i]
@@ -502,6 +515,7 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
             walk_stage2(view, config, ipa, access, update, &row)
             out[first + i] = row
         first = last
+        together = False
 
 
 cdef class Walk:
@@ -728,74 +742,29 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
     ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE[n]`` to write into; it is what is
     returned then. ``TypeError`` or ``ValueError`` for arrays of another type or shape. Source: as ``walk``.
     """
-    cdef const uint64_t[::1] addresses = as_addresses(ipas)
-    cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
-    cdef Py_ssize_t n = addresses.shape[0], at = 0, end, stride = 1 if masks.shape[0] > 1 else 0
-    cdef uint8_t[::1] raw
-    cdef walk_t *rows
+    cdef batch_t batch
+    cdef void *rows = NULL
     cdef mem_view_t view
-    out = as_output(out, WALK_DTYPE, n)
-    if n == 0:
-        return out
-    raw = out.view(np.uint8)
-    rows = <walk_t *>&raw[0]
+    cdef int64_t at = 0, n
+    ipas = take_addresses(ipas, &batch)
+    access = take_masks(access, &batch)
+    out = take_output(out, WALK_DTYPE, &batch, &rows)
     mem.pin(&view)
     try:
-        while at < n:
-            end = min(n, at + SIGNAL_CHECK_INTERVAL)
-            with nogil:
-                walk_run(&view, &cfg.c, &addresses[at], &masks[at * stride], stride, update, rows + at, end - at)
-            at = end
-            PyErr_CheckSignals()
+        while at < batch.n:
+            n = min(batch.n - at, SIGNAL_CHECK_INTERVAL)
+            if at:
+                PyErr_CheckSignals()
+            if n == 1:                      # letting go of the GIL costs more than one walk
+                walk_run(&view, &cfg.c, batch.ipas + at, batch.masks + at * batch.stride, 0, update,
+                         <walk_t *>rows + at, 1)
+            else:
+                with nogil:
+                    walk_run(&view, &cfg.c, batch.ipas + at, batch.masks + at * batch.stride, batch.stride, update,
+                             <walk_t *>rows + at, n)
+            at += n
     finally:
         mem.unpin()
-    return out
-
-
-def as_addresses(ipas):
-    """A C-contiguous uint64 vector, without a copy where possible."""
-    array = np.asarray(ipas)
-    if array.dtype != np.uint64:
-        if array.size and array.dtype.kind not in "ui":
-            raise TypeError(f"ipas must be integers, got {array.dtype}")
-        if array.dtype.kind == "i" and array.size and array.min() < 0:
-            raise ValueError("ipas must not be negative")
-        array = array.astype(np.uint64)
-    if array.ndim != 1:
-        raise ValueError(f"ipas must be one-dimensional, got {array.ndim} dimensions")
-    return np.ascontiguousarray(array)
-
-
-def as_access(access):
-    """One access mask, checked."""
-    mask = as_u64(access, "access")
-    if mask > 31:
-        raise ValueError(f"access must be made of READ, WRITE, EXEC, EL0 and PTW, got {mask:#x}")
-    return mask
-
-
-def as_masks(access, n):
-    """A uint8 vector of ``n`` access masks, or of one that stands for all."""
-    array = np.asarray(access)
-    if array.ndim == 0:
-        return np.array([as_access(access)], dtype=np.uint8)
-    if array.shape != (n,):
-        raise ValueError(f"access must be one mask or have the length of ipas ({n}), got shape {array.shape}")
-    if array.dtype.kind not in "ui":
-        raise TypeError(f"access must be integers, got {array.dtype}")
-    if array.size and (array.min() < 0 or array.max() > 31):
-        raise ValueError("access must be made of READ, WRITE, EXEC, EL0 and PTW")
-    return np.ascontiguousarray(array, dtype=np.uint8)
-
-
-def as_output(out, dtype, n):
-    """``out`` checked, or a new array."""
-    if out is None:
-        return np.empty(n, dtype=dtype)
-    if not isinstance(out, np.ndarray) or out.dtype != dtype:
-        raise TypeError(f"out must be an array of {dtype}")
-    if out.shape != (n,) or not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError(f"out must be a writable C-contiguous array of {n} elements, got shape {out.shape}")
     return out
 
 
