@@ -36,6 +36,7 @@ from s2shadow.leaf cimport find_cipa
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_begin, owed_destroy, owed_end, owed_init, owed_take
+from s2shadow.pace cimport pace_next, pace_start, pace_t
 from s2shadow.rmap cimport is_marker, link_next, node_t, rmap_destroy, rmap_find, rmap_init
 from s2shadow.table cimport (
     CANONICAL, ROOT_PAGES, arena_destroy, arena_init, child_page, forget_path, is_table, next_leaf, page_of, page_t,
@@ -98,7 +99,6 @@ assert FAULT_DTYPE.itemsize == sizeof(fault_t) and HW_TLBI_DTYPE.itemsize == siz
 assert SHADOW_DTYPE.itemsize == sizeof(shadow_t) and TLBI_OP_DTYPE.itemsize == sizeof(tlbi_request_t)
 
 cdef enum:
-    SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
     POPULATE_TRIES = 16                 # a populate that undoes itself ends in RETRY
 
 TLBI_CLASSES = ("IPA", "RANGE", "VMALLS12", "ALL", "STAGE1")     # in the order of tlbi_class_t
@@ -728,7 +728,8 @@ cdef class _Engine:
         cdef uint64_t[::1] removed
         cdef tlbi_request_t *rows
         cdef vcpu_t *vcpu
-        cdef Py_ssize_t n, i
+        cdef Py_ssize_t n, i, at = 0, end
+        cdef pace_t pace
         if not isinstance(ops, np.ndarray) or ops.dtype != TLBI_OP_DTYPE or ops.ndim != 1:
             raise TypeError(f"ops must be a one-dimensional array of {TLBI_OP_DTYPE}")
         n = len(ops)
@@ -739,6 +740,8 @@ cdef class _Engine:
         rows = <tlbi_request_t *>&raw[0]
         removed = out
         for i in range(n):                  # nothing is applied unless everything can be
+            if not i & 0xFFFF:
+                PyErr_CheckSignals()
             if rows[i].vcpu >= self.vm.vcpu_count:
                 raise ValueError(f"ops[{i}]: no vCPU {rows[i].vcpu}")
             if tlbi_lookup_word(rows[i].insn, &self.vm.features, &found) != TLBI_OK:
@@ -746,15 +749,21 @@ cdef class _Engine:
                     tlbi_encoding(rows[i].insn, &self.vm.features)
                 except UndefinedInstruction as error:
                     raise UndefinedInstruction(f"ops[{i}]: {error}") from None
-        with nogil:
-            for i in range(n):
-                vcpu = &self.vm.vcpus[rows[i].vcpu]
-                regs.vttbr = rows[i].vttbr if rows[i].flags & 1 else vcpu.vttbr
-                regs.vtcr = rows[i].vtcr if rows[i].flags & 1 else vcpu.vtcr
-                regs.hcr = rows[i].hcr if rows[i].flags & 1 else vcpu.hcr
-                tlbi_lookup_word(rows[i].insn, &self.vm.features, &found)
-                apply_tlbi(&self.vm, &found, rows[i].xt, &regs, &result)
-                removed[i] = result.removed
+        pace_start(&pace)
+        while at < n:
+            end = min(n, at + pace.piece)
+            with nogil:
+                for i in range(at, end):
+                    vcpu = &self.vm.vcpus[rows[i].vcpu]
+                    regs.vttbr = rows[i].vttbr if rows[i].flags & 1 else vcpu.vttbr
+                    regs.vtcr = rows[i].vtcr if rows[i].flags & 1 else vcpu.vtcr
+                    regs.hcr = rows[i].hcr if rows[i].flags & 1 else vcpu.hcr
+                    tlbi_lookup_word(rows[i].insn, &self.vm.features, &found)
+                    apply_tlbi(&self.vm, &found, rows[i].xt, &regs, &result)
+                    removed[i] = result.removed
+            at = end
+            pace_next(&pace)
+            PyErr_CheckSignals()
         return out
 
     def check(self):
@@ -980,22 +989,26 @@ cdef class VCPU:
         """Serve many faults in order: uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released.
 
         ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE``[n] to write into. An
-        exception from a populate callable stops at that element and propagates; the ones before it are done.
+        exception from a populate callable stops at that element and propagates; the ones before it are done. So do
+        signals (Ctrl-C), which a batch looks for about every 10 ms: what was done is in ``out``.
         """
         cdef const uint64_t[::1] addresses = as_addresses(ipas)
         cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
         cdef Py_ssize_t n = addresses.shape[0], at = 0, step, stride = 1 if masks.shape[0] > 1 else 0
         cdef uint8_t[::1] raw
+        cdef pace_t pace
         out = as_output(out, FAULT_DTYPE, n)
         if n == 0:
             return out
         raw = out.view(np.uint8)
         self.enter_loaded()
+        pace_start(&pace)
         try:
             while at < n:
-                step = min(n - at, SIGNAL_CHECK_INTERVAL)
+                step = min(n - at, pace.piece)
                 self.run(&addresses[at], &masks[at * stride], stride, <fault_t *>&raw[0] + at, step)
                 at += step
+                pace_next(&pace)
                 PyErr_CheckSignals()
         finally:
             self.leave()
@@ -1076,23 +1089,26 @@ cdef class VCPU:
         return result
 
     def translate_many(self, ipas, access=Access.READ, out=None):
-        """``translate`` for uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released."""
+        """``translate`` for uint64[n] -> ``FAULT_DTYPE``[n]; the GIL is released. Ctrl-C is answered in between."""
         cdef const uint64_t[::1] addresses = as_addresses(ipas)
         cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
         cdef Py_ssize_t n = addresses.shape[0], at = 0, step, stride = 1 if masks.shape[0] > 1 else 0
         cdef uint8_t[::1] raw
+        cdef pace_t pace
         out = as_output(out, FAULT_DTYPE, n)
         if n == 0:
             return out
         raw = out.view(np.uint8)
         self.enter_loaded()
+        pace_start(&pace)
         try:
             while at < n:
-                step = min(n - at, SIGNAL_CHECK_INTERVAL)
+                step = min(n - at, pace.piece)
                 with nogil:
                     translate_run(&self.engine.vm, self.c, &addresses[at], &masks[at * stride], stride,
                                   <fault_t *>&raw[0] + at, step)
                 at += step
+                pace_next(&pace)
                 PyErr_CheckSignals()
         finally:
             self.leave()
@@ -1242,7 +1258,8 @@ cdef class NestedVM:
         """Apply TLBIs in order: ``TLBI_OP_DTYPE``[n] -> uint64[n] of leaves removed.
 
         ``flags`` bit 0 says that the row's three registers count, else those that the vCPU loaded last. Raises
-        ``UndefinedInstruction`` or ``ValueError``, naming the row, before anything is applied.
+        ``UndefinedInstruction`` or ``ValueError``, naming the row, before anything is applied. The GIL is released;
+        Ctrl-C is answered between rows, and those before it were applied.
         """
         return self.engine.tlbi_many(ops)
 

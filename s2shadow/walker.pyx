@@ -19,6 +19,7 @@ from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport Stage2Config, fault_text
 from s2shadow.memory cimport CAS_REFUSED, GuestMemory, cas_desc, cas_result_t, mem_view_t, read_desc
+from s2shadow.pace cimport pace_next, pace_start, pace_t
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
 
@@ -40,9 +41,6 @@ ctypedef struct leaf_t:
     uint8_t sh
 
 assert WALK_DTYPE.itemsize == sizeof(walk_t) and LEAF_DTYPE.itemsize == sizeof(leaf_t)
-
-cdef enum:
-    SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
 
 
 cdef inline void fail(walk_t *out, int base, int level) noexcept nogil:
@@ -537,7 +535,8 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
               out=None):
     """Translate many addresses: uint64[n] -> ``WALK_DTYPE``[n]; the GIL is released.
 
-    ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE``[n] to write into.
+    ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE``[n] to write into. Ctrl-C is
+    answered about every 10 ms; the walks before it are in ``out``.
     """
     cdef const uint64_t[::1] addresses = as_addresses(ipas)
     cdef const uint8_t[::1] masks = as_masks(access, addresses.shape[0])
@@ -545,19 +544,22 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
     cdef uint8_t[::1] raw
     cdef walk_t *rows
     cdef mem_view_t view
+    cdef pace_t pace
     out = as_output(out, WALK_DTYPE, n)
     if n == 0:
         return out
     raw = out.view(np.uint8)
     rows = <walk_t *>&raw[0]
     mem.pin(&view)
+    pace_start(&pace)
     try:
         while at < n:
-            end = min(n, at + SIGNAL_CHECK_INTERVAL)
+            end = min(n, at + pace.piece)
             with nogil:
                 while at < end:
                     walk_stage2(&view, &cfg.c, addresses[at], masks[at * stride], update, rows + at)
                     at += 1
+            pace_next(&pace)
             PyErr_CheckSignals()
     finally:
         mem.unpin()
@@ -611,17 +613,27 @@ def as_output(out, dtype, n):
     return out
 
 
+cdef enum:
+    LOOK_INTERVAL = 1 << 20     # descriptors read between looks at signals: a few milliseconds
+
+
 cdef struct collector_t:
     leaf_t *rows
     uint64_t count
     uint64_t capacity
     uint64_t limit
     uint64_t budget             # descriptors still allowed to be read: tables may loop
+    uint64_t look_at            # budget at which signals are looked at next
+
+
+cdef int look_at_signals() except -1 with gil:
+    PyErr_CheckSignals()
+    return 0
 
 
 cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t table, uint64_t ipa, int level,
-                       uint64_t entries, collector_t *into) noexcept nogil:
-    """Append the leaves of one table; 0, or -1 over a limit, -2 out of memory."""
+                       uint64_t entries, collector_t *into) except? -3 nogil:
+    """Append the leaves of one table; 0, or -1 over a limit, -2 out of memory, -3 with an exception (Ctrl-C)."""
     cdef int shift = level_shift(config.granule_bits, level)
     cdef uint64_t i, desc = 0, next_table
     cdef bint leaf = False
@@ -632,6 +644,9 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
     if into.budget < entries:
         return -1
     into.budget -= entries
+    if into.budget < into.look_at:
+        into.look_at = into.budget - min(into.budget, <uint64_t>LOOK_INTERVAL)
+        look_at_signals()
     for i in range(entries):
         if not read_desc(view, table + (i << 3), config.big_endian, &desc):
             continue                        # a large granule's table may lie in RAM only in part
@@ -687,12 +702,15 @@ def leaves(GuestMemory mem not None, Stage2Config cfg not None, uint64_t limit=1
     memset(&into, 0, sizeof(into))
     into.limit = limit
     into.budget = (limit + 4096) * 64
+    into.look_at = into.budget - min(into.budget, <uint64_t>LOOK_INTERVAL)
     entries = (<uint64_t>1) << (cfg.c.ia_bits - level_shift(cfg.c.granule_bits, cfg.c.start_level))
     mem.pin(&view)
-    with nogil:
-        result = collect_table(&view, &cfg.c, cfg.c.base, 0, cfg.c.start_level, entries, &into)
-    mem.unpin()
     try:
+        try:
+            with nogil:
+                result = collect_table(&view, &cfg.c, cfg.c.base, 0, cfg.c.start_level, entries, &into)
+        finally:
+            mem.unpin()
         if result == -1:
             raise ValueError(f"more than {limit} leaves, or tables that loop")
         if result == -2:
