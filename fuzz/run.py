@@ -8,6 +8,8 @@ import sys
 
 import atheris
 
+for hook in ("RegEx", "str"):           # what text is compared with is known to the mutator
+    atheris.enabled_hooks.add(hook)
 with atheris.instrument_imports(include=["s2shadow", "targets"]):
     import targets
 

@@ -262,7 +262,7 @@ def trace(data: bytes) -> None:
     except TraceError as error:
         assert str(error).strip() and "\n" not in str(error)
         return
-    assert reader.rows and sum(reader.events.values()) >= 0
+    assert reader.rows or reader.events or reader.format == "saved"
 
 
 # --- captures ----------------------------------------------------------------------------------------------------
