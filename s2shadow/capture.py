@@ -369,13 +369,18 @@ def survey(vms: list[CapturedVM], addresses: npt.NDArray[np.uint64], pages: npt.
     found = []
     for vm in vms:
         try:
-            rows = leaves(scratch, vm.config())
+            rows = leaves(scratch, vm.config(), most_leaves(len(pages)))
         except ValueError as error:
             raise CaptureError(f"{file}: the table of VM {vm.vm} is damaged: {one_line(error)}") from None
         if len(rows):
             end = max(end, int((rows["pa"] + rows["size"]).max()))
         found.append(vm if vm.leaves else with_leaves(vm, rows["size"]))
     return found, end
+
+
+def most_leaves(pages: int) -> int:
+    """Beyond this tables loop: as many as so many pages of entries hold, with each page in sixteen places."""
+    return min(1 << 24, 16 * PAGE // 8 * pages)
 
 
 def check_root(cfg: Stage2Config, addresses: npt.NDArray[np.uint64], file: Path, what: str) -> None:

@@ -421,7 +421,8 @@ cdef class _Engine:
         mem = GuestMemory()
         for address, page in zip(addresses.tolist(), pages):
             mem.add(address, buffer=page)
-        return table_leaves(mem, config)
+        # each page in at most sixteen places; tables that loop would take seconds to the default limit
+        return table_leaves(mem, config, min(1 << 24, 16 * len(pages) * pages.shape[1] // 8))
 
     def protect(self, uint64_t start, uint64_t end, perm):
         cdef host_attrs_t attrs

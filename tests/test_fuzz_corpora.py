@@ -1,7 +1,7 @@
 """What coverage-guided fuzzing found worth keeping, and every crasher, through the same entry points without it.
 
-``tests/data/fuzz/TARGET.zip``: a small corpus (``fuzz/pack.py``); ``tests/data/fuzz/crashes/TARGET-NAME``: an input that
-once failed. ``.ci/long/fuzz`` goes on from the corpora.
+``tests/data/fuzz/TARGET.zip``: a small corpus (``fuzz/pack.py``); ``tests/data/fuzz/crashes/TARGET-NAME``: an input
+that once failed. ``.ci/long/fuzz`` goes on from the corpora.
 """
 
 import importlib.util
