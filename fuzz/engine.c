@@ -283,6 +283,32 @@ static void operate(machine_t *m, input_t *in)
     }
 }
 
+static void set(unsigned page, unsigned slot, uint64_t desc)
+{
+    memcpy(ram + page * PAGE + slot * 8, &desc, 8);
+}
+
+/* What a decent L1 has: 32 pages and a block, seen at several places. The programs take it apart. */
+static void decent_tables(void)
+{
+    enum { LEAF = 0x7DF, READ_ONLY = 0x75F, BLOCK = 0x7DD };
+    memset(ram, 0, sizeof ram);
+    set(0, 0, (RAM + 4 * PAGE) | 3);
+    set(0, 1, (RAM + 4 * PAGE) | 3);
+    set(0, 2, (RAM + 5 * PAGE) | 3);
+    set(4, 0, (RAM + 6 * PAGE) | 3);
+    set(4, 1, (RAM + 7 * PAGE) | 3);
+    set(4, 2, RAM | BLOCK);
+    set(5, 0, (RAM + 7 * PAGE) | 3);
+    set(5, 1, RAM | BLOCK);
+    for (unsigned i = 0; i < 16; i++) {
+        set(6, i, (RAM + (TABLES + i) * PAGE) | LEAF);
+        set(7, i, (RAM + (TABLES + 15 - i) * PAGE) | (i & 4 ? READ_ONLY : LEAF));
+    }
+    set(7, 6, ROM | LEAF);
+    set(7, 7, DEVICE | LEAF);
+}
+
 static void verify(machine_t *m)
 {
     if (api->check(m->vm) != S2S_OK)
@@ -303,7 +329,7 @@ static void run(const uint8_t *data, size_t size)
     s2s_options_t options;
     s2s_populate_t populate = {.size = sizeof populate, .policy = S2S_POPULATE_LINEAR, .offset = (int64_t)HOST};
     memset(&m, 0, sizeof m);
-    memset(ram, 0, sizeof ram);
+    decent_tables();
     api->options_init(&options, sizeof options);
     options.vcpus = 2;
     options.contexts = 2 + (shape >> 2 & 1);

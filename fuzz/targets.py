@@ -361,6 +361,7 @@ def engine(data: bytes) -> None:
     vm.host.populate = s2.Linear(HOST) if shape & 0x40 else None
     if shape & 0x80:
         vm.host.map(RAM, RAM + HOST, PAGES * PAGE)
+    decent_tables(mem)
     for vcpu in vm.vcpus:
         vcpu.load(1 << 48 | RAM, 0x8002_3558)
     for step in range(256):
@@ -370,6 +371,19 @@ def engine(data: bytes) -> None:
         if step & 15 == 15:
             isolated(vm)
     isolated(vm)
+
+
+def decent_tables(mem: s2.GuestMemory) -> None:
+    """What a decent L1 has: 32 pages and a block, seen at several places. The programs take it apart."""
+    leaf, read_only, block = 0x7DF, 0x75F, 0x7DD
+    tables = {(0, 0): 4 * PAGE | 3, (0, 1): 4 * PAGE | 3, (0, 2): 5 * PAGE | 3, (4, 0): 6 * PAGE | 3,
+              (4, 1): 7 * PAGE | 3, (4, 2): block, (5, 0): 7 * PAGE | 3, (5, 1): block}
+    for i in range(16):
+        tables[6, i] = (TABLES + i) * PAGE | leaf
+        tables[7, i] = (TABLES + 15 - i) * PAGE | (read_only if i & 4 else leaf)
+    tables[7, 6], tables[7, 7] = ROM - RAM | leaf, DEVICE - RAM | leaf
+    for (page, slot), word in tables.items():
+        mem.write64(RAM + page * PAGE + slot * 8, RAM + word)
 
 
 def operate(vm: s2.NestedVM, mem: s2.GuestMemory, source: Input) -> None:
