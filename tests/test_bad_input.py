@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -132,6 +133,7 @@ def sweep(run, tmp_path, monkeypatch):
     def call(edit):
         assert run(*argv)[0] == 0
         lines = [json.loads(line) for line in journal.read_text().splitlines()]
+        del lines[1]["crc32"]           # as another version may have written it
         edit(lines[1])
         journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return run(*argv)
@@ -154,6 +156,24 @@ EDITS = {
     "a host that is none": lambda record: record.update(host=None),
     "no result": lambda record: record.pop("result"),
 }
+
+
+def test_a_flipped_digit_of_a_journal(run, tmp_path, monkeypatch):
+    """No other figure: damage."""
+    monkeypatch.setattr("s2shadow.sweep.WorkerPool", Here)
+    (tmp_path / "spec.toml").write_bytes(TINY_SPEC)
+    argv = ("sweep", tmp_path / "spec.toml", "-o", tmp_path / "out.csv")
+    assert run(*argv)[0] == 0
+    journal = tmp_path / "out.csv.journal"
+    whole = journal.read_bytes()
+    names = {at for match in re.finditer(rb'"\w+":', whole) for at in range(*match.span())}
+    digits = [at for at in range(whole.index(b"\n"), len(whole)) if chr(whole[at]).isdigit() and at not in names]
+    for at in digits[::7]:
+        journal.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        code, out, err = run(*argv)
+        assert (code, out) == (2, "") and err.startswith(f"s2shadow: {journal}: line ") and err.endswith("is damaged\n")
+    journal.write_bytes(whole)
+    assert run(*argv)[0] == 0
 
 
 @pytest.mark.parametrize("name", EDITS)
