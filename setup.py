@@ -43,14 +43,13 @@ extensions = [
     Extension(
         ".".join(path.with_suffix("").parts),
         [path.as_posix()],
-        include_dirs=["s2shadow/include"],
         extra_compile_args=compile_args,
         # the small functions of the rooms below are meant to vanish into the hot ones, whatever a compiler's limits say
         define_macros=[
             ("CYTHON_INLINE", "inline __attribute__((always_inline))"),
             ("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION"),
         ],
-        include_dirs=[numpy.get_include()],
+        include_dirs=["s2shadow/include", numpy.get_include()],
         extra_link_args=["-pthread", *SANITIZE],
     )
     for path in sorted(Path("s2shadow").rglob("*.pyx"))

@@ -9,6 +9,7 @@ live on, and its vCPUs must be loaded and have served a fault since L1's memory 
 map, no checks, no locks, no accounts. What it takes is the floor of what the engine takes on as much memory.
 """
 
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
@@ -68,38 +69,72 @@ cdef extern from *:
 
 cdef enum:
     LINE_WORDS = 8              # one link per 64-byte line
+    PIECE = 1 << 16             # some 10 ms of loads that miss every cache
 
 
 def chase(uint64_t footprint, uint64_t steps=1 << 20, uint64_t seed=1):
     """Nanoseconds per dependent load over ``footprint`` bytes, visited in one random cycle (Sattolo's shuffle)."""
-    cdef uint64_t lines = max(2, footprint // 64), i, j, state = seed | 1, at = 0, began, took, _step
-    cdef uint64_t *words = <uint64_t *>malloc(lines * 64)
-    cdef uint64_t swap
-    if words == NULL:
+    cdef uint64_t lines = max(2, footprint // 64), i, at = 0, began, took = 0, _step, left, piece
+    cdef shuffle_t shuffle
+    if lines > <uint64_t>1 << 57:
         raise MemoryError("footprint of the pointer chase")
-    with nogil:
-        for i in range(lines):
-            words[i * LINE_WORDS] = i
+    shuffle.words = <uint64_t *>malloc(lines * 64)
+    if shuffle.words == NULL:
+        raise MemoryError("footprint of the pointer chase")
+    shuffle.state = seed | 1
+    try:
+        for at in range(0, lines, PIECE):       # in pieces: Ctrl-C is answered between them
+            with nogil:
+                for i in range(at, min(lines, at + PIECE)):
+                    shuffle.words[i * LINE_WORDS] = i
+            PyErr_CheckSignals()
         i = lines - 1
         while i > 0:
-            state = state * 6364136223846793005u + 1442695040888963407u
-            j = (state >> 33) % i
-            swap = words[i * LINE_WORDS]
-            words[i * LINE_WORDS] = words[j * LINE_WORDS]
-            words[j * LINE_WORDS] = swap
-            i -= 1
-        for i in range(lines):          # links as word offsets: the timed loop only loads
-            words[i * LINE_WORDS] *= LINE_WORDS
-        for _step in range(min(lines, steps)):
-            at = words[at]
-        keep(at)                       # a volatile store on either side keeps the loads between the clock reads
-        began = now_ns()
-        for _step in range(steps):
-            at = words[at]
-        keep(at)
-        took = now_ns() - began
-    free(words)
+            piece = min(i, <uint64_t>PIECE)
+            with nogil:
+                shuffle_down(&shuffle, i, piece)
+            i -= piece
+            PyErr_CheckSignals()
+        for at in range(0, lines, PIECE):
+            with nogil:
+                for i in range(at, min(lines, at + PIECE)):         # links as word offsets: the timed loop only loads
+                    shuffle.words[i * LINE_WORDS] *= LINE_WORDS
+            PyErr_CheckSignals()
+        at = 0
+        for timed in (False, True):
+            left = steps if timed else min(lines, steps)
+            while left:
+                piece = min(left, <uint64_t>PIECE)
+                with nogil:
+                    keep(at)            # a volatile store on either side keeps the loads between the clock reads
+                    began = now_ns()
+                    for _step in range(piece):
+                        at = shuffle.words[at]
+                    keep(at)
+                    if timed:
+                        took += now_ns() - began
+                left -= piece
+                PyErr_CheckSignals()
+    finally:
+        free(shuffle.words)
     return took / <double>steps
+
+
+cdef struct shuffle_t:
+    uint64_t *words
+    uint64_t state
+
+
+cdef void shuffle_down(shuffle_t *shuffle, uint64_t first, uint64_t count) noexcept nogil:
+    cdef uint64_t i = first, j, swap
+    cdef uint64_t *words = shuffle.words
+    while i > first - count:
+        shuffle.state = shuffle.state * 6364136223846793005u + 1442695040888963407u
+        j = (shuffle.state >> 33) % i
+        swap = words[i * LINE_WORDS]
+        words[i * LINE_WORDS] = words[j * LINE_WORDS]
+        words[j * LINE_WORDS] = swap
+        i -= 1
 
 
 def stream(uint64_t entries, uint64_t rounds=8):

@@ -149,6 +149,7 @@ def load_tables(mem: GuestMemory, snapshot: str | os.PathLike[str], which: str =
         vms = [read_vm(registers, i) for i in range(len(registers.list("vms")))]
     host = read_host(registers, folder, guest_file, addresses, pages)
     ram_base = registers.number("ram_base") if registers.has("ram_base") else align_down(int(addresses.min()))
+    check_counts(vms, len(pages), registers)
     vms, end = survey(vms, addresses, pages, guest_file)
     if addresses.min() < ram_base:
         raise CaptureError(f"{guest_file}: table page {int(addresses.min()):#x} lies below ram_base {ram_base:#x} "
@@ -210,7 +211,10 @@ def read_arrays(file: Path, *names: str) -> list[npt.NDArray[Any]]:
             for name in names:
                 if name not in archive.files:
                     raise CaptureError(f"{file}: array {name!r} is missing")
-                arrays.append(archive[name])
+                array = archive[name]
+                if not isinstance(array, np.ndarray):       # numpy gives the bytes of what has no header of its own
+                    raise CaptureError(f"{file} is damaged: {name!r} is no array")
+                arrays.append(array)
     except CaptureError:
         raise
     except MemoryError:
@@ -374,7 +378,7 @@ def survey(vms: list[CapturedVM], addresses: npt.NDArray[np.uint64], pages: npt.
     found = []
     for vm in vms:
         try:
-            rows = leaves(scratch, vm.config())
+            rows = leaves(scratch, vm.config(), most_leaves(len(pages)))
         except ValueError as error:
             raise CaptureError(f"{file}: the table of VM {vm.vm} is damaged: {one_line(error)}") from None
         if len(rows):
@@ -383,12 +387,25 @@ def survey(vms: list[CapturedVM], addresses: npt.NDArray[np.uint64], pages: npt.
     return found, end
 
 
+def most_leaves(pages: int) -> int:
+    """Beyond this tables loop: as many as so many pages of entries hold, with each page in sixteen places."""
+    return min(1 << 24, 16 * PAGE // 8 * pages)
+
+
 def check_root(cfg: Stage2Config, addresses: npt.NDArray[np.uint64], file: Path, what: str) -> None:
     """The start table must be among the pages: else the registers belong to other tables."""
     if cfg.error is None:
         at = int(np.searchsorted(addresses, cfg.baddr & ~(PAGE - 1)))
         if at == len(addresses) or addresses[at] != cfg.baddr & ~(PAGE - 1):
             raise CaptureError(f"{file}: {what} at {cfg.baddr:#x}, which registers.json names, is not in it")
+
+
+def check_counts(vms: list[CapturedVM], pages: int, registers: Fields) -> None:
+    """``tables_by_level`` is believed where it can be: a VM has no more tables than there are pages."""
+    for vm in vms:
+        if sum(vm.tables.values()) * vm.granule > pages * PAGE:
+            raise CaptureError(f"{registers.file}: tables_by_level of VM {vm.vm} counts more tables than "
+                               f"the {pages:,} pages of the capture hold")
 
 
 def with_leaves(vm: CapturedVM, sizes: npt.NDArray[np.uint64]) -> CapturedVM:

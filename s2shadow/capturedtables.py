@@ -66,7 +66,12 @@ def shadow_table(folder: Folder, index: int) -> Table:
 
 def engine_table(folder: Folder, index: int) -> Table:
     """Shadow ``index`` as the engine builds it from L1's table and the host's, every leaf of L1's faulted in."""
-    vm, context, nested = build_shadow(folder, index)
+    try:
+        vm, context, nested = build_shadow(folder, index)
+    except CaptureError:
+        raise
+    except ValueError as error:
+        raise CaptureError(f"{os.fspath(folder)}: shadow {index} cannot be built: {error}") from None
     found = vm.contexts[context]
     cfg = Stage2Config(found.host_vttbr, found.host_vtcr, features=vm.features, hcr=found.host_hcr)
     return Table(f"shadow {index} as the engine builds it", cfg, shadow_ranges(vm, context),

@@ -27,6 +27,7 @@ from s2shadow.commands.common import (
     Parser,
     UsageError,
     abandon_stdout,
+    error_text,
 )
 
 # in the order in which --help lists them
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         abandon_stdout()
         return EXIT_BROKEN_PIPE
+    except OSError as error:        # of a path that cannot even be looked at
+        return complain(f"cannot read {error.filename}: {error_text(error)}" if error.filename else error_text(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

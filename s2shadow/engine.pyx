@@ -41,6 +41,7 @@ from s2shadow.machine cimport (
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t, region_map_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_take
+from s2shadow.pace cimport pace_next, pace_start, pace_t
 from s2shadow.rmap cimport is_marker, link_next, rmap_find
 from s2shadow.table cimport (
     CANONICAL, ROOT_PAGES, child_page, is_table, next_leaf, page_of, page_t, slot_ipa, table_find, table_t,
@@ -101,7 +102,6 @@ assert FAULT_DTYPE.itemsize == sizeof(fault_t) and HW_TLBI_DTYPE.itemsize == siz
 assert SHADOW_DTYPE.itemsize == sizeof(shadow_t) and TLBI_OP_DTYPE.itemsize == sizeof(tlbi_request_t)
 
 cdef enum:
-    SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
     POPULATE_TRIES = 16                 # a populate that undoes itself ends in RETRY
 
 TLBI_CLASSES = ("IPA", "RANGE", "VMALLS12", "ALL", "STAGE1")     # in the order of tlbi_class_t
@@ -408,7 +408,8 @@ cdef class _Engine:
         mem = GuestMemory()
         for address, page in zip(addresses.tolist(), pages):
             mem.add(address, buffer=page)
-        return table_leaves(mem, config)
+        # each page in at most sixteen places; tables that loop would take seconds to the default limit
+        return table_leaves(mem, config, min(1 << 24, 16 * len(pages) * pages.shape[1] // 8))
 
     def protect(self, uint64_t start, uint64_t end, perm):
         cdef host_attrs_t attrs
@@ -699,7 +700,8 @@ cdef class _Engine:
         cdef uint64_t[::1] removed
         cdef tlbi_request_t *rows
         cdef vcpu_t *vcpu
-        cdef Py_ssize_t n, i
+        cdef Py_ssize_t n, i, at = 0, end
+        cdef pace_t pace
         if not isinstance(ops, np.ndarray) or ops.dtype != TLBI_OP_DTYPE or ops.ndim != 1:
             raise TypeError(f"ops must be a one-dimensional array of {TLBI_OP_DTYPE}")
         n = len(ops)
@@ -710,6 +712,8 @@ cdef class _Engine:
         rows = <tlbi_request_t *>&raw[0]
         removed = out
         for i in range(n):                  # nothing is applied unless everything can be
+            if not i & 0xFFFF:
+                PyErr_CheckSignals()
             if rows[i].vcpu >= self.vm.vcpu_count:
                 raise ValueError(f"ops[{i}]: no vCPU {rows[i].vcpu}")
             if tlbi_lookup_word(rows[i].insn, &self.vm.features, &found) != TLBI_OK:
@@ -717,15 +721,21 @@ cdef class _Engine:
                     tlbi_encoding(rows[i].insn, &self.vm.features)
                 except UndefinedInstruction as error:
                     raise UndefinedInstruction(f"ops[{i}]: {error}") from None
-        with nogil:
-            for i in range(n):
-                vcpu = &self.vm.vcpus[rows[i].vcpu]
-                regs.vttbr = rows[i].vttbr if rows[i].flags & 1 else vcpu.vttbr
-                regs.vtcr = rows[i].vtcr if rows[i].flags & 1 else vcpu.vtcr
-                regs.hcr = rows[i].hcr if rows[i].flags & 1 else vcpu.hcr
-                tlbi_lookup_word(rows[i].insn, &self.vm.features, &found)
-                apply_tlbi(&self.vm, &found, rows[i].xt, &regs, &result)
-                removed[i] = result.removed
+        pace_start(&pace, n)
+        while at < n:
+            end = min(n, at + pace.piece)
+            with nogil:
+                for i in range(at, end):
+                    vcpu = &self.vm.vcpus[rows[i].vcpu]
+                    regs.vttbr = rows[i].vttbr if rows[i].flags & 1 else vcpu.vttbr
+                    regs.vtcr = rows[i].vtcr if rows[i].flags & 1 else vcpu.vtcr
+                    regs.hcr = rows[i].hcr if rows[i].flags & 1 else vcpu.hcr
+                    tlbi_lookup_word(rows[i].insn, &self.vm.features, &found)
+                    apply_tlbi(&self.vm, &found, rows[i].xt, &regs, &result)
+                    removed[i] = result.removed
+            at = end
+            pace_next(&pace)
+            PyErr_CheckSignals()
         return out
 
     def check(self):
@@ -967,21 +977,25 @@ cdef class VCPU:
 
         ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE[n]`` to write into. Where the
         allocator refuses, the element is NO_MEMORY. An exception from a populate callable stops at that element and
-        propagates; the ones before it are done.
+        propagates; the ones before it are done. So do signals (Ctrl-C), which a
+        batch looks for about every 10 ms: what was done is in ``out``.
         """
         cdef batch_t batch
         cdef void *rows = NULL
         cdef int64_t at = 0, n
+        cdef pace_t pace
         ipas = take_addresses(ipas, &batch)
         access = take_masks(access, &batch)
         out = take_output(out, FAULT_DTYPE, &batch, &rows)
         if batch.n == 0:
             return out
         self.enter_loaded()
+        pace_start(&pace, batch.n)
         try:
             while at < batch.n:
-                n = min(batch.n - at, SIGNAL_CHECK_INTERVAL)
+                n = min(batch.n - at, pace.piece)
                 if at:
+                    pace_next(&pace)
                     PyErr_CheckSignals()
                 self.run(batch.ipas + at, batch.masks + at * batch.stride, batch.stride, <fault_t *>rows + at, n)
                 at += n
@@ -1057,16 +1071,19 @@ cdef class VCPU:
         cdef batch_t batch
         cdef void *rows = NULL
         cdef int64_t at = 0, n
+        cdef pace_t pace
         ipas = take_addresses(ipas, &batch)
         access = take_masks(access, &batch)
         out = take_output(out, FAULT_DTYPE, &batch, &rows)
         if batch.n == 0:
             return out
         self.enter_loaded()
+        pace_start(&pace, batch.n)
         try:
             while at < batch.n:
-                n = min(batch.n - at, SIGNAL_CHECK_INTERVAL)
+                n = min(batch.n - at, pace.piece)
                 if at:
+                    pace_next(&pace)
                     PyErr_CheckSignals()
                 with nogil:
                     translate_run(&self.engine.vm, self.c, batch.ipas + at, batch.masks + at * batch.stride,
@@ -1240,7 +1257,8 @@ cdef class NestedVM:
         """Apply TLBIs in order: ``TLBI_OP_DTYPE[n]`` -> uint64[n] of leaves removed.
 
         ``flags`` bit 0 says that the row's three registers count, else those that the vCPU loaded last. Raises
-        ``UndefinedInstruction`` or ``ValueError``, naming the row, before anything is applied.
+        ``UndefinedInstruction`` or ``ValueError``, naming the row, before anything is applied. The GIL is released;
+        Ctrl-C is answered between rows, and those before it were applied.
         """
         return self.engine.tlbi_many(ops)
 

@@ -1,7 +1,8 @@
 """A journal: one JSON record per line, on disk before ``append`` returns.
 
-A crash loses at most the line that was being written; opening the journal again cuts that line off. One process at a
-time writes to a journal.
+A crash loses at most the line that was being written; opening the journal again cuts that line off. A checksum ends
+each record, so that a flipped bit in a figure is damage and not another figure. One process at a time writes to a
+journal.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,8 @@ class Journal:
         self.records.append(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        text = json.dumps(record, allow_nan=False)
+        line = sealed(text) if record is not self.heading else text.encode() + b"\n"
         start = os.lseek(self.file, 0, os.SEEK_CUR)
         try:
             while line:
@@ -108,6 +111,15 @@ class Journal:
 def parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return None
+    seal = record.pop("crc32", None)        # older records have none
+    return record if seal is None or line == sealed(json.dumps(record)).rstrip() else None
+
+
+def sealed(text: str) -> bytes:
+    """A record's line: its JSON object with the checksum of that in it."""
+    start = f"{text[:-1]}, " if text != "{}" else "{"
+    return f'{start}"crc32": "{zlib.crc32(text.encode()):08x}"}}\n'.encode()

@@ -20,6 +20,7 @@ from s2shadow.capture import (
     Capture,
     CapturedVM,
     CaptureError,
+    Fields,
     check_folder,
     load_tables,
     one_line,
@@ -114,6 +115,20 @@ def read_snapshot(folder: Path) -> Snapshot:
 # --- the whole -------------------------------------------------------------------------------------------------
 
 
+def read_checks(file: Path) -> dict[str, Any]:
+    """checks.json: how many of each event the machine had, and what the packed files leave out of them."""
+    fields = Fields(file, "", read_json(file))
+    left_out = fields.get("left_out_of_trace") if fields.has("left_out_of_trace") else []
+    if not (isinstance(left_out, list) and all(isinstance(name, str) for name in left_out)):
+        raise CaptureError(f"{file}: left_out_of_trace must be a list of names")
+    counts = {name: fields.counts(name) for name in ("ftrace", "trap_stream")}
+    for name in counts["trap_stream"]:
+        words = name.split()
+        if not words or (words[0] == "TLBI" and len(words) != 3):
+            raise CaptureError(f"{file}: trap_stream must be keyed as 'TLBI vmalle1is el2', got {name!r}")
+    return {"left_out_of_trace": left_out, **counts}
+
+
 @dataclass(frozen=True, slots=True)
 class Recording:
     """A trace and what belongs to it. ``text`` and ``table``: files, or None."""
@@ -160,7 +175,7 @@ def open_recording(trace: str | os.PathLike[str]) -> Recording:
     slots = path / "memslots.json"
     checks = path / "checks.json"
     return Recording(path.name, text, table, tuple(snapshots), Memslots.load(slots) if slots.exists() else Memslots(()),
-                     read_json(checks) if checks.exists() else None, nested, tuple(vms), cpus or None)
+                     read_checks(checks) if checks.exists() else None, nested, tuple(vms), cpus or None)
 
 
 def first_of(folder: Path, names: Sequence[str]) -> str | None:

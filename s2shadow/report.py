@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -306,6 +307,11 @@ def write_text(text: str, file: str | os.PathLike[str]) -> None:
         write_whole(file, text.encode())
 
 
+def hidden(target: str) -> str:
+    """How the name begins that a file has until it is whole; shorter than a long name that is just allowed."""
+    return f".{os.path.basename(target)[:40]}."
+
+
 def write_whole(file: str | os.PathLike[str], data: bytes) -> None:
     """Replace ``file`` in one step, so that nobody ever reads half of it. Pipes and devices are written directly."""
     target = os.path.realpath(file)
@@ -313,7 +319,7 @@ def write_whole(file: str | os.PathLike[str], data: bytes) -> None:
         with open(target, "wb") as stream:
             stream.write(data)
         return
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}.")
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(target), prefix=hidden(target))
     try:
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
@@ -336,7 +342,7 @@ def write_folder(folder: str, files: dict[str, str]) -> None:
         raise FileExistsError(17, "it exists and is not an empty folder")
     if not os.path.isdir(os.path.dirname(target)):
         raise FileNotFoundError(2, f"no folder {os.path.dirname(folder) or os.path.dirname(target)}")
-    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=f".{os.path.basename(target)}.")
+    temporary = tempfile.mkdtemp(dir=os.path.dirname(target), prefix=hidden(target))
     try:
         for name, text in files.items():
             file = Path(temporary, name)
@@ -372,6 +378,8 @@ def check_writable(file: str) -> None:
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
         raise FileNotFoundError(2, f"no folder {os.path.dirname(file) or folder}")
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(target)                # a name that is too long
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".s2shadow.")
     os.close(descriptor)
     os.unlink(temporary)

@@ -36,7 +36,7 @@ import gc
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,7 @@ __all__ = ["DEFAULT_POLICIES", "POLICIES", "Rig", "StormConfig", "StormError", "
 PAGE = 4096
 BLOCK = 2 << 20
 PAGES_PER_BLOCK = BLOCK // PAGE
+PIECE = 1 << 16                 # elements
 
 REVERSE_MAP = "reverse-map"
 POLICIES = TEARDOWNS
@@ -232,11 +233,23 @@ class HostPlan:
             raise ValueError(f"event_pages {pages:,} is more than the {self.total_pages:,} canonical pages of the set")
         ends = np.cumsum(self.unit_pages)
         picked = np.random.default_rng(seed).integers(0, ends[-1], size=count)
-        unit = np.searchsorted(ends, picked, side="right")
+        unit = in_pieces(lambda some: np.searchsorted(ends, some, side="right"), picked)
         within = picked - (ends[unit] - self.unit_pages[unit])
         starts = self.units[unit] + within.astype(np.uint64) * np.uint64(PAGE)
         limit = int(self.units[-1]) + int(self.unit_pages[-1]) * PAGE - pages * PAGE
         return np.asarray(np.minimum(starts, np.uint64(max(limit, 0))))
+
+
+def in_pieces(function: Callable[..., Any], *arrays: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """``function`` of long arrays, piece by piece: Ctrl-C is answered between two pieces, and numpy does not look."""
+    pieces = [function(*(array[at:at + PIECE] for array in arrays)) for at in range(0, len(arrays[0]), PIECE)]
+    return np.concatenate(pieces)
+
+
+def plain_rows(*arrays: npt.NDArray[Any]) -> Iterator[tuple[Any, ...]]:
+    """Rows of Python's numbers, made as they are needed."""
+    for at in range(0, len(arrays[0]), PIECE):
+        yield from zip(*(array[at:at + PIECE].tolist() for array in arrays), strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -630,7 +643,7 @@ def run_policy(config: StormConfig, workload: Workload, policy: str, starts: U64
     """Measure one policy into ``result``; an interrupt keeps the rounds that are complete."""
     deadline = None if policy == REVERSE_MAP else time.monotonic() + config.seconds
     ends = starts + np.uint64(config.event_pages * PAGE)
-    required = np.asarray(workload.index.required(starts, ends))
+    required = in_pieces(workload.index.required, starts, ends)
     rounds: list[Round] = []
     began = time.monotonic()
     rig = Rig(workload, policy, config)
@@ -643,8 +656,7 @@ def run_policy(config: StormConfig, workload: Workload, policy: str, starts: U64
         fill = rig.fill()
         full_stats = rig.vm.stats
         shadow_bytes = sum(context.table_bytes for context in rig.vm.contexts)
-        events = zip(starts.tolist(), ends.tolist(), required.tolist(), strict=True)
-        for i, (start, end, need) in enumerate(events):
+        for i, (start, end, need) in enumerate(plain_rows(starts, ends, required)):
             rounds.append(rig.round(start, end, need))
             if deadline is None:
                 done, due = (i + 1) / len(starts), not i & 0xFF

@@ -15,6 +15,7 @@ at once, whatever the executor's threads are.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +63,7 @@ class Results:
         """``TypeError`` or ``ValueError`` for a record whose configuration this version does not know."""
         values = record["config"]
         config = StormConfig(**values | {"teardown": tuple(values["teardown"])})
+        check_record(record, config)
         for policy in config.teardown:
             key = point_key(config), policy
             if "error" in record:
@@ -98,6 +100,41 @@ class Results:
         complete = sorted(rows, key=lambda row: row["error"] is not None)      # columns in the order of a whole row
         names = dict.fromkeys(name for row in complete for name in row)
         return [{name: row.get(name) for name in names} for row in rows]
+
+
+def check_record(record: dict[str, Any], config: StormConfig) -> None:
+    """``TypeError``, ``ValueError`` or ``KeyError`` for what would make no row."""
+    expect(str, finished=record["finished"])
+    expect(int, worker_deaths=record["worker_deaths"], workers=record["workers"] or 0)
+    if "error" in record:
+        return expect(str, host=record["host"] or "", error=record["error"])
+    expect(str, host=record["host"])
+    result = record["result"]
+    for policy in config.teardown:
+        measured = result["policies"][policy]
+        expect((int, float), total_ns_per_event=measured["total_ns_per_event"])
+        expect_numbers(measured)
+        if measured["total_ns_per_event"] <= 0:
+            raise ValueError(f"total_ns_per_event must be positive, got {measured['total_ns_per_event']}")
+    expect_numbers({"floor": result.get("floor", {})})
+    for name, value in result["machine"].items():
+        expect((str, int, float, type(None)), **{name: value})
+    expect(str, cpu=result["machine"]["cpu"])
+
+
+def expect_numbers(values: dict[str, Any]) -> None:
+    from s2shadow.report import flatten
+
+    for name, value in flatten(values).items():
+        expect((int, float, type(None)), **{name: value})
+
+
+def expect(kinds: type | tuple[type, ...], **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kinds) or (isinstance(value, float) and not math.isfinite(value)):
+            raise TypeError(f"{name} cannot be {value!r}")
+        if isinstance(value, str) and not value.isprintable():
+            raise ValueError(f"{name} cannot be {value!r}")
 
 
 def config_columns(config: StormConfig) -> dict[str, Any]:

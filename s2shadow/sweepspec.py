@@ -105,7 +105,7 @@ def parse_spec(data: bytes, name: str, folder: Path) -> Spec:
         table = tomllib.loads(data.decode())
     except UnicodeDecodeError:
         raise SpecError(f"{name}: not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:       # not only its own: numbers too long, tables too deep
         raise SpecError(f"{name}: {error}") from None
     grids = table.pop("grid", [{}])
     if not (isinstance(grids, list) and grids and all(isinstance(grid, dict) for grid in grids)):

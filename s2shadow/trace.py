@@ -349,7 +349,8 @@ def parse_saved(data: bytes, name: str) -> Events:
         raise TraceError(f"{name} is damaged: it declares more data than fits into memory") from None
     except Exception as error:      # zip, zlib, header and format errors have no common base
         raise TraceError(f"{name} is no file of saved events: {first_line(error)}") from None
-    if events.ndim != 1 or events.dtype.names != EVENT_DTYPE.names:
+    # numpy gives the bytes of a member that has no header of its own
+    if not isinstance(events, np.ndarray) or events.ndim != 1 or events.dtype.names != EVENT_DTYPE.names:
         raise TraceError(f"{name}: events must be a one-dimensional array of EVENT_DTYPE")
     return converted({field: events[field] for field in EVENT_DTYPE.names or ()}, name)
 

@@ -23,6 +23,7 @@ from s2shadow.memory cimport (
     CAS_REFUSED, GuestMemory, ask_swap, cas_desc, cas_result_t, find_tables, mem_view_t, read_desc, region_t,
     word_elsewhere,
 )
+from s2shadow.pace cimport pace_next, pace_start, pace_t
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
 
@@ -46,7 +47,6 @@ ctypedef struct leaf_t:
 assert WALK_DTYPE.itemsize == sizeof(walk_t) and LEAF_DTYPE.itemsize == sizeof(leaf_t)
 
 cdef enum:
-    SIGNAL_CHECK_INTERVAL = 1 << 15     # batch elements between looks at pending signals
     UPDATE = 0x80                       # beside an access: AF and dirty state are written
 
 
@@ -740,20 +740,24 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
     """Translate many addresses: uint64[n] -> ``WALK_DTYPE[n]``; the GIL is released.
 
     ``access`` is one mask or a uint8[n]. ``out`` may be a C-contiguous ``WALK_DTYPE[n]`` to write into; it is what is
-    returned then. ``TypeError`` or ``ValueError`` for arrays of another type or shape. Source: as ``walk``.
+    returned then. ``TypeError`` or ``ValueError`` for arrays of another type or shape. Source: as ``walk``. Ctrl-C is
+    answered about every 10 ms; the walks before it are in ``out``.
     """
     cdef batch_t batch
     cdef void *rows = NULL
     cdef mem_view_t view
     cdef int64_t at = 0, n
+    cdef pace_t pace
     ipas = take_addresses(ipas, &batch)
     access = take_masks(access, &batch)
     out = take_output(out, WALK_DTYPE, &batch, &rows)
     mem.pin(&view)
+    pace_start(&pace, batch.n)
     try:
         while at < batch.n:
-            n = min(batch.n - at, SIGNAL_CHECK_INTERVAL)
+            n = min(batch.n - at, pace.piece)
             if at:
+                pace_next(&pace)
                 PyErr_CheckSignals()
             if n == 1:                      # letting go of the GIL costs more than one walk
                 walk_run(&view, &cfg.c, batch.ipas + at, batch.masks + at * batch.stride, 0, update,
@@ -768,17 +772,27 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
     return out
 
 
+cdef enum:
+    LOOK_INTERVAL = 1 << 20     # descriptors read between looks at signals: a few milliseconds
+
+
 cdef struct collector_t:
     leaf_t *rows
     uint64_t count
     uint64_t capacity
     uint64_t limit
     uint64_t budget             # descriptors still allowed to be read: tables may loop
+    uint64_t look_at            # budget at which signals are looked at next
+
+
+cdef int look_at_signals() except -1 with gil:
+    PyErr_CheckSignals()
+    return 0
 
 
 cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t table, uint64_t ipa, int level,
-                       uint64_t entries, collector_t *into) noexcept nogil:
-    """Append the leaves of one table; 0, or -1 over a limit, -2 out of memory."""
+                       uint64_t entries, collector_t *into) except? -3 nogil:
+    """Append the leaves of one table; 0, or -1 over a limit, -2 out of memory, -3 with an exception (Ctrl-C)."""
     cdef int shift = level_shift(config.granule_bits, level)
     cdef uint64_t i, desc = 0, next_table
     cdef bint leaf = False
@@ -789,6 +803,9 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
     if into.budget < entries:
         return -1
     into.budget -= entries
+    if into.budget < into.look_at:
+        into.look_at = into.budget - min(into.budget, <uint64_t>LOOK_INTERVAL)
+        look_at_signals()
     for i in range(entries):
         if not read_desc(view, level, table + (i << 3), config.big_endian, &desc):
             continue                        # a large granule's table may lie in RAM only in part
@@ -844,12 +861,15 @@ def leaves(GuestMemory mem not None, Stage2Config cfg not None, uint64_t limit=1
     memset(&into, 0, sizeof(into))
     into.limit = limit
     into.budget = (limit + 4096) * 64
+    into.look_at = into.budget - min(into.budget, <uint64_t>LOOK_INTERVAL)
     entries = (<uint64_t>1) << (cfg.c.ia_bits - level_shift(cfg.c.granule_bits, cfg.c.start_level))
     mem.pin(&view)
-    with nogil:
-        result = collect_table(&view, &cfg.c, cfg.c.base, 0, cfg.c.start_level, entries, &into)
-    mem.unpin()
     try:
+        try:
+            with nogil:
+                result = collect_table(&view, &cfg.c, cfg.c.base, 0, cfg.c.start_level, entries, &into)
+        finally:
+            mem.unpin()
         if result == -1:
             raise ValueError(f"more than {limit} leaves, or tables that loop")
         if result == -2:

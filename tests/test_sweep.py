@@ -270,7 +270,7 @@ def test_no_other_file_is_taken_for_a_journal(tmp_path, text, restart):
 def test_journal_with_a_damaged_line(tmp_path):
     file = tmp_path / "j"
     write_journal(file, [{"a": 1}, {"a": 2}])
-    file.write_bytes(file.read_bytes().replace(b'{"a": 1}', b'{"a"; 1}'))
+    file.write_bytes(file.read_bytes().replace(b'{"a": 1', b'{"a"; 1'))
     with pytest.raises(JournalError, match="line 2 is damaged"):
         read_journal(file)
 
@@ -529,11 +529,16 @@ def test_what_failed_is_tried_again(spec, output, monkeypatch):
     assert [row["error"] for row in result.rows] == [None, None]
 
 
+def unsealed(text):
+    """As a version without checksums wrote it."""
+    return re.sub(r', "crc32": "\w+"', "", text)
+
+
 def test_results_of_another_version_are_not_guessed_at(spec, output):
     found = spec("pages = 8\nteardown = 'reverse-map'")
     run_sweep(found, Here(), output)
     journal = Path(f"{output}.journal")
-    journal.write_text(journal.read_text().replace('"aliases"', '"new_setting"'))
+    journal.write_text(unsealed(journal.read_text()).replace('"aliases"', '"new_setting"'))
     with pytest.raises(SweepError, match="a record of another version: .*new_setting"):
         run_sweep(found, Here(), output)
 
@@ -544,7 +549,7 @@ def test_a_setting_that_is_new_has_its_default_in_old_results(spec, output):
     journal = Path(f"{output}.journal")
     text = journal.read_text()
     assert '"aliases": 1, ' in text
-    journal.write_text(text.replace('"aliases": 1, ', ""))
+    journal.write_text(unsealed(text).replace('"aliases": 1, ', ""))
     assert run_sweep(found, Here(), output).before == 1
 
 

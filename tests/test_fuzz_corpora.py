@@ -1,0 +1,90 @@
+"""What coverage-guided fuzzing found worth keeping, and every crasher, through the same entry points without it.
+
+``tests/data/fuzz/TARGET.zip``: a small corpus (``fuzz/pack.py``); ``tests/data/fuzz/crashes/TARGET-NAME``: an input
+that once failed. ``.ci/long/fuzz`` goes on from the corpora.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import s2shadow
+
+DATA = Path(__file__).parent / "data" / "fuzz"
+SOURCES = Path(__file__).parents[1] / "fuzz"
+sys.path.insert(0, str(SOURCES))
+
+from seeds import SEEDS  # noqa: E402
+from targets import TARGETS  # noqa: E402
+
+
+def corpus(target):
+    with zipfile.ZipFile(DATA / f"{target}.zip") as archive:
+        return {f"{target}.zip {name}": archive.read(name) for name in archive.namelist()}
+
+
+def crashes(target):
+    return {file.name: file.read_bytes() for file in sorted((DATA / "crashes").glob(f"{target}-*"))}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_corpus(target):
+    """Each input comes back, with everything that the target asserts of it."""
+    inputs = corpus(target) | {f"seed {i}": seed for i, seed in enumerate(SEEDS[target]())}
+    assert len(inputs) > 50
+    for name, data in inputs.items():
+        try:
+            TARGETS[target](data)
+        except BaseException as error:
+            error.add_note(f"input: {name}")
+            raise
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_crashers(target):
+    for name, data in crashes(target).items():
+        try:
+            TARGETS[target](data)
+        except BaseException as error:
+            error.add_note(f"input: {name}")
+            raise
+
+
+def build_engine(folder):
+    """``fuzz/engine.c`` without libFuzzer, or the reason why it cannot be."""
+    if importlib.util.find_spec("s2shadow.capi") is None:
+        return None, "no C API in this build"
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None, "no C compiler"
+    libdir, version = (sysconfig.get_config_var(name) for name in ("LIBDIR", "LDVERSION"))
+    command = [compiler, "-O1", "-DREPLAY_ONLY", str(SOURCES / "engine.c"), "-o", str(folder / "engine"),
+               f"-I{sysconfig.get_path('include')}", f"-I{Path(s2shadow.__file__).parent / 'include'}",
+               f"-L{libdir}", f"-Wl,-rpath,{libdir}", f"-lpython{version}"]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode and "cannot find -lpython" in built.stderr:
+        return None, "this Python cannot be embedded: no libpython"
+    assert not built.returncode, built.stderr
+    return folder / "engine", ""
+
+
+def test_programs_of_the_c_api(tmp_path):
+    """The programs of engine-c, each against its model of the host."""
+    engine, reason = build_engine(tmp_path)
+    if engine is None:
+        pytest.skip(reason)
+    inputs = corpus("engine-c") | crashes("engine-c")
+    files = [tmp_path / f"{i:04}" for i in range(len(inputs))]
+    for file, data in zip(files, inputs.values(), strict=True):
+        file.write_bytes(data)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(s2shadow.__file__).parents[1]), *sys.path]),
+                   "PYTHONHOME": sys.base_prefix}
+    done = subprocess.run([engine, *files], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{len(files)} programs\n"), done.stderr
