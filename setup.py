@@ -40,14 +40,14 @@ directives = {
 }
 extensions = [
     Extension(
-        f"s2shadow.{path.stem}",
+        ".".join(path.with_suffix("").parts),
         [path.as_posix()],
         extra_compile_args=compile_args,
         # the small functions of the rooms below are meant to vanish into the hot ones, whatever a compiler's limits say
         define_macros=[("CYTHON_INLINE", "inline __attribute__((always_inline))")],
         extra_link_args=["-pthread", *SANITIZE],
     )
-    for path in sorted(Path("s2shadow").glob("*.pyx"))
+    for path in sorted(Path("s2shadow").rglob("*.pyx"))
 ]
 
 if __name__ == "__main__":  # cythonize's worker processes may import this file

@@ -184,6 +184,8 @@ def judged(limit, row):
         return f"{limit['ns']:,} ns", row["ns_per_operation"] <= limit["ns"]
     if "ratio" in limit:
         return limit["text"], row.get("times_floor", 0.0) <= limit["ratio"]
+    if "above" in limit:
+        return f"{limit['above']:,} ns above the floor", row["ns_per_operation"] - row["floor_ns"] <= limit["above"]
     return f"{limit['speedup']} times one thread", row.get("speedup", 0.0) >= limit["speedup"]
 
 

@@ -10,7 +10,7 @@ map, no checks, no locks, no accounts. What it takes is the floor of what the en
 """
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
@@ -49,6 +49,21 @@ cdef extern from *:
     uint64_t now_ns "s2_now_ns"() noexcept nogil
     void keep "s2_keep"(uint64_t value) noexcept nogil
     void *huge_alloc "s2_huge"(size_t size) noexcept nogil        # zeroed, on large pages where there are any
+
+cdef extern from *:
+    """
+    #include <stdbool.h>
+    typedef struct { uint64_t paddr; int perms; } s2_floor_entry;
+    /* the least that a native UC_HOOK_TLB_FILL of Unicorn can do */
+    static bool s2_floor_fill(void *uc, uint64_t vaddr, int kind, s2_floor_entry *entry, void *offset)
+    {
+        (void)uc; (void)kind;
+        entry->paddr = vaddr + (uint64_t)(uintptr_t)offset;
+        entry->perms = 7;
+        return true;
+    }
+    """
+    void floor_fill "s2_floor_fill"() noexcept nogil
 
 cdef enum:
     LINE_WORDS = 8              # one link per 64-byte line
@@ -111,6 +126,11 @@ def nothing(_first=None, _second=None):
 
 
 # --- single operations of the engine -----------------------------------------------------------------------------
+
+
+def unicorn_fill():
+    """Address of a TLB fill for Unicorn that adds its user data to the address, and no more."""
+    return <uintptr_t>&floor_fill
 
 
 cdef vm_t *vm_of(object state) except NULL:
