@@ -61,8 +61,8 @@ Device = Callable[[int, int, int | None], int | None]
 
 
 class Exit(IntEnum):
-    """Why ``run`` came back: DONE at ``until``; STOPPED by ``stop()``; HALTED: Unicorn stopped (WFI, ``uc.emu_stop`` in a
-    hook)."""
+    """Why ``run`` came back: DONE at ``until``; STOPPED by ``stop()``; HALTED: Unicorn stopped (WFI, ``uc.emu_stop`` in
+    a hook)."""
 
     DONE = 0
     STOPPED = 1
@@ -70,8 +70,8 @@ class Exit(IntEnum):
 
 
 class Counters(NamedTuple):
-    """Of one CPU: TLB ``fills`` asked for, ``tlbis`` handed to the engine, TLB ``flushes``, ``interruptions`` of a run for
-    one."""
+    """Of one CPU: TLB ``fills`` asked for, ``tlbis`` handed to the engine, TLB ``flushes``, ``interruptions`` of a run
+    for one."""
 
     fills: int
     tlbis: int
