@@ -24,7 +24,6 @@ cdef extern from *:
     static inline uint32_t s2_add32(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST); }
     static inline uint16_t s2_add16(uint16_t *p, uint16_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
     static inline uint8_t s2_or8(uint8_t *p, uint8_t v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
-    static inline void s2_fetch_ahead(const void *p) { __builtin_prefetch(p); }
     static inline void *s2_loadp(void *const *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void s2_storep(void **p, void *v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline void s2_prefetch(const void *p) { __builtin_prefetch(p); }
@@ -44,6 +43,5 @@ cdef extern from *:
     uint8_t fetch_or8 "s2_or8"(uint8_t *address, uint8_t value) noexcept nogil
     uint16_t bump16 "s2_bump16"(uint16_t *address, uint16_t value) noexcept nogil
     uint32_t bump32 "s2_bump32"(uint32_t *address, uint32_t value) noexcept nogil
-    void fetch_ahead "s2_fetch_ahead"(const void *address) noexcept nogil     # into the cache: no access, no fault
     void *load_pointer "s2_loadp"(void *const *address) noexcept nogil
     void store_pointer "s2_storep"(void **address, void *value) noexcept nogil

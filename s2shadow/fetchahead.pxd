@@ -5,8 +5,8 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from s2shadow.atomics cimport peek64, prefetch
-from s2shadow.vm cimport EPOCH_MASK, LEAF_TABLES, guest_table_t, plain_t, vcpu_t, vm_t
+from s2shadow.atomics cimport load32, peek64, prefetch
+from s2shadow.vm cimport EPOCH_MASK, LEAF_TABLES, context_t, guest_table_t, plain_t, vcpu_t, vm_t
 
 cdef enum:
     FAULTS_AHEAD = 32
@@ -16,6 +16,7 @@ cdef inline void fetch_ahead(const vm_t *vm, const vcpu_t *vcpu, const uint64_t 
     """Fetch L1's leaf, the host's leaf, the shadow's slot with its links, and the head. Addresses in one leaf table are
     as good as always in order, and the hardware sees that by itself."""
     cdef const plain_t *plain = &vcpu.plain
+    cdef const context_t *context = &vm.contexts[vcpu.context]
     cdef const uint64_t *entries[FAULTS_AHEAD]
     cdef const guest_table_t *table
     cdef int bits = vm.arena.slot_bits
@@ -33,7 +34,7 @@ cdef inline void fetch_ahead(const vm_t *vm, const vcpu_t *vcpu, const uint64_t 
         if table.key == (ipa >> plain.guest_span << plain.guest_span | plain.epoch & EPOCH_MASK):
             entries[i] = table.words + (ipa >> plain.guest_shift & vcpu.config.index_mask)
             prefetch(entries[i])
-        page = plain.shadow[ipa >> plain.shadow_span & (LEAF_TABLES - 1)]
+        page = load32(&context.leaf_tables[ipa >> plain.shadow_span & (LEAF_TABLES - 1)])
         slot = page << bits | (<uint32_t>(ipa >> plain.shadow_shift) & mask)
         prefetch(vm.arena.words + slot)
         prefetch(vm.arena.links + slot)

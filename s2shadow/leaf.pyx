@@ -7,7 +7,7 @@ from s2shadow.arch cimport (
     DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span, perm_to_s2ap_xn,
     s2ap_xn_to_perm,
 )
-from s2shadow.atomics cimport fetch_ahead, load32, load64, store32, store64
+from s2shadow.atomics cimport load32, load64, prefetch, store32, store64
 from s2shadow.intervals cimport (
     UNKNOWN_IPA, interval_t, intervals_find, intervals_lose, intervals_remove, intervals_reset,
 )
@@ -274,7 +274,7 @@ cdef inline void fetch_head(const vm_t *vm, uint32_t slot) noexcept nogil:
     """The head of a leaf that will be unlinked soon."""
     cdef uint32_t prev = load32(link_prev(&vm.arena, slot))
     if prev & HEAD_TAG:
-        fetch_ahead(vm.rmap.heads + (prev & ~<uint32_t>HEAD_TAG))
+        prefetch(vm.rmap.heads + (prev & ~<uint32_t>HEAD_TAG))
 
 
 cdef bint drop_run(vm_t *vm, uint32_t page, uint64_t first, uint64_t last, visit_t *visit) noexcept nogil:

@@ -11,8 +11,8 @@ import pytest
 import s2shadow
 
 PACKAGE = Path(s2shadow.__file__).parent
-MODULES = ("s2shadow", "s2shadow.capture", "s2shadow.dump", "s2shadow.replay", "s2shadow.storm", "s2shadow.sweep",
-           "s2shadow.trace")
+MODULES = ("s2shadow", "s2shadow.capture", "s2shadow.dump", "s2shadow.embed.unicorn", "s2shadow.replay",
+           "s2shadow.storm", "s2shadow.sweep", "s2shadow.trace")
 # made by the class statement, dataclasses or namedtuple, not written for anybody to read
 GENERATED = re.compile(r"Alias for field number|^\w+\([^)]*\)\s*(-> None)?$")
 

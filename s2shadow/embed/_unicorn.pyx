@@ -546,8 +546,8 @@ cdef class Attachment:
         cdef uint32_t i
         cdef const region_t *region
         self.check()
-        for i in range(self.mem.map.count):
-            region = &self.mem.map.regions[i]
+        for i in range(self.mem.c.map.count):
+            region = &self.mem.c.map.regions[i]
             if region.start == start:
                 return self.api.map_ptr(self.c.uc, pa, region.size, PROT_ALL, region.host)
         raise ValueError(f"no region starts at {start:#x}")

@@ -61,7 +61,8 @@ Device = Callable[[int, int, int | None], int | None]
 
 
 class Exit(IntEnum):
-    """Why ``run`` came back: at ``until``; after ``stop()``; or Unicorn stopped (WFI, ``uc.emu_stop`` in a hook)."""
+    """Why ``run`` came back: DONE at ``until``; STOPPED by ``stop()``; HALTED: Unicorn stopped (WFI, ``uc.emu_stop`` in
+    a hook)."""
 
     DONE = 0
     STOPPED = 1
@@ -69,7 +70,12 @@ class Exit(IntEnum):
 
 
 class Counters(NamedTuple):
+<<<<<<< HEAD
     """Of one CPU: TLB fills asked for, TLBIs handed to the engine, TLB flushes, and those of them amid a run."""
+=======
+    """Of one CPU: TLB ``fills`` asked for, ``tlbis`` handed to the engine, TLB ``flushes``, ``interruptions`` of a run
+    for one."""
+>>>>>>> docs-embedding
 
     fills: int
     tlbis: int
@@ -79,7 +85,7 @@ class Counters(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """A stage-2 abort of L2 as L1 gets it: the engine's ``Fault``, the ``Access``, and the PC that it is at.
+    """A stage-2 abort of L2 as L1 gets it: ``fault``, the engine's; ``access``, what L2 did; ``pc``, where it is.
 
     ``esr``, ``hpfar`` and ``far`` are ESR_EL2, HPFAR_EL2 and FAR_EL2; the low 12 bits of ``far`` are not known (0), and
     ISV is 0.
@@ -96,14 +102,17 @@ class Abort:
 
     @property
     def far(self) -> int:
+        """FAR_EL2, of the page."""
         return self.fault.ipa
 
     @property
     def hpfar(self) -> int:
+        """HPFAR_EL2."""
         return self.fault.hpfar
 
     @property
     def esr(self) -> int:
+        """ESR_EL2: the exception class, IL, WnR and the fault status code."""
         kind = EC_INSTRUCTION_ABORT if self.access & Access.EXEC else EC_DATA_ABORT
         return kind << 26 | ESR_IL | (ISS_WNR if self.access & Access.WRITE else 0) | self.fault.fsc
 
@@ -323,6 +332,7 @@ class Cpu:
 
     @property
     def counters(self) -> Counters:
+        """What has happened since ``attach``."""
         return Counters(*self._native.counters)
 
     def detach(self) -> None:
