@@ -71,10 +71,12 @@ class Machine:
         return cpu
 
     def program(self, *words):
-        """Writes the program; returns the address of its end."""
-        self.mem.write(RAM, np.array(words, dtype=np.uint32).tobytes())
-        for cpu in self.cpus:
-            cpu.uc.ctl_flush_tb()  # what was translated of the last one
+        """Writes the program, while nothing runs; returns the address of its end."""
+        code = np.array(words, dtype=np.uint32).tobytes()
+        if self.mem.read(RAM, len(code)) != code:
+            self.mem.write(RAM, code)
+            for cpu in self.cpus:
+                cpu.uc.ctl_flush_tb()  # what was translated of the last one
         return CODE + 4 * len(words)
 
     def run(self, *words, **registers):

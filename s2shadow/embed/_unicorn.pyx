@@ -6,8 +6,8 @@ a hook that comes before every translated block, or before it enters Unicorn. Wh
 with a flush to make. A CPU whose thread waits here, out of one of its hooks, is ``QUIET``: it runs nothing, and flushes
 before it does.
 
-``uc_emu_stop`` from another thread would not do: it stops between blocks that jump to each other directly, where the
-PC that Unicorn 2.1 then shows is that of an earlier one.
+No thread calls into a Unicorn that another one runs: not even ``uc_emu_stop``, which is lost where it comes while
+emulation starts or restarts, and would cost the CPU its way out and in.
 
 Unicorn is found at run time, as addresses of its functions: nothing of it is needed to build this module.
 """

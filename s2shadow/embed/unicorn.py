@@ -23,6 +23,8 @@ What it cannot do:
   A TLB entry is one page, whatever the size of the leaf.
 - Memory attributes, shareability and stage-1 walks (``Access.PTW``): Unicorn has no caches and no first stage.
 - Atomics between instances. LDXR and STXR of two CPUs on one memory are not exclusive of each other.
+- Being called while it runs: ``uc.mem_map``, ``uc.ctl_flush_tb`` and all the rest of ``uc`` are for the thread that
+  runs it, or for when nothing runs. ``stop``, ``sync``, ``unmap`` and ``flush`` are for all threads.
 - Code that is written by somebody else: Unicorn keeps what it translated until ``uc.ctl_flush_tb()``. The program's
   own stores it sees.
 - Ctrl-C while L2 runs undisturbed: Python gets its turn when the run ends; ``stop()`` from another thread ends it.
