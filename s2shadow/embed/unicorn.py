@@ -72,12 +72,8 @@ class Exit(IntEnum):
 
 
 class Counters(NamedTuple):
-<<<<<<< HEAD
-    """Of one CPU: TLB fills asked for, TLBIs handed to the engine, TLB flushes, and those of them amid a run."""
-=======
     """Of one CPU: TLB ``fills`` asked for, ``tlbis`` handed to the engine, TLB ``flushes``, ``interruptions`` of a run
     for one."""
->>>>>>> docs-embedding
 
     fills: int
     tlbis: int
