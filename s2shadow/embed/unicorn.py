@@ -72,8 +72,8 @@ class Exit(IntEnum):
 
 
 class Counters(NamedTuple):
-    """Of one CPU: TLB ``fills`` asked for, ``tlbis`` handed to the engine, TLB ``flushes``, ``interruptions`` of a run
-    for one."""
+    """Of one CPU: TLB ``fills`` asked for, ``tlbis`` handed to the engine, TLB ``flushes``, and those of them amid
+    a run: ``interruptions``."""
 
     fills: int
     tlbis: int
