@@ -115,7 +115,8 @@ def main():
     handle = capsule_pointer(nested._c_handle, b"s2shadow.s2s_vm")
     call(api.fault(handle, 0, 0x3000, S2S_READ, byref(fault)))
     assert fault.kind == S2S_MAPPED and nested.vcpus[0].translate(0x3000).pa == fault.pa == 0x13000
-    print(f"C ABI {api.abi_version >> 16}.{api.abi_version & 0xFFFF}: 32 faults of a VM without Python, 1 of a NestedVM")
+    version = f"{api.abi_version >> 16}.{api.abi_version & 0xFFFF}"
+    print(f"C ABI {version}: 32 faults of a VM without Python, 1 of a NestedVM")
 
 
 if __name__ == "__main__":

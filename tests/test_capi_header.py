@@ -7,9 +7,9 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-import capitable
 import pytest
 
+import capitable
 import s2shadow
 
 INCLUDE = Path(s2shadow.get_include())

@@ -1,9 +1,9 @@
 """What toy_mmu reads through its shadows, against the same words read from the simulator's memory directly."""
 
 import numpy as np
+from toy_mmu import ToyMmu, count_hits
 
 import s2shadow
-from toy_mmu import ToyMmu, count_hits
 
 PAGE, PAGES = 4096, 64
 ROOT, LEVEL_2, LEVEL_3, DATA = 0x1000, 0x2000, 0x3000, 0x10000
