@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from s2shadow cimport (
@@ -55,6 +55,7 @@ from s2shadow.vm cimport (
     KIND_HOST_FAULT, KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE,
     TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN, fault_t, forget_guest_path, range_t, teardown_t, vcpu_t, vm_t,
 )
+from s2shadow.vmem cimport allocate
 from s2shadow.walker cimport walk_stage2, walk_t
 
 from s2shadow.check import RULES
@@ -289,11 +290,11 @@ cdef int api_create(const s2s_options_t *options, s2s_vm_t **vm) noexcept nogil:
     status = take_options(options, &plan)
     if status:
         return status
-    handle = <handle_t *>calloc(1, sizeof(handle_t))
+    handle = <handle_t *>allocate(1, sizeof(handle_t))
     if handle != NULL:
-        handle.vm = <vm_t *>calloc(1, sizeof(vm_t))
+        handle.vm = <vm_t *>allocate(1, sizeof(vm_t))
         handle.own.map = new_map(0)
-        handle.answers = <answers_t *>calloc(plan.vcpus, sizeof(answers_t))
+        handle.answers = <answers_t *>allocate(plan.vcpus, sizeof(answers_t))
     if handle == NULL or handle.vm == NULL or handle.own.map == NULL or handle.answers == NULL:
         discard(handle)
         return fail(S2S_E_NO_MEMORY, "no memory for a VM")
@@ -1000,7 +1001,7 @@ cdef range_t *ram_ranges(handle_t *handle, uint64_t start, uint64_t end, uint32_
     map = handle.own.map
     if handle.shared != NULL:
         map = <const region_map_t *>load_pointer(<void *const *>&handle.shared.map)
-    ranges = <range_t *>malloc((map.count + 1) * sizeof(range_t))
+    ranges = <range_t *>allocate(map.count + 1, sizeof(range_t))
     if ranges != NULL:
         count[0] = ram_within(map, <uint64_t>1 << handle.vm.arena.granule_bits, start, end, ranges)
     unlock_shared_other(&handle.vm.lock)

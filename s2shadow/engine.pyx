@@ -27,7 +27,8 @@ from s2shadow.dirty cimport dirty_reserve
 from s2shadow.fault cimport STEP_DONE, fault_run, step_t, translate_run
 from s2shadow.handle cimport handle_t
 from s2shadow.host cimport (
-    change_t, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
+    change_t, host_age, host_attrs_t, host_dirty_log, host_give_room, host_log, host_make_room, host_map, host_protect,
+    host_unmap,
 )
 from s2shadow.intervals cimport (
     UNKNOWN_IPA, interval_t, intervals_find, intervals_record, intervals_remove,
@@ -138,9 +139,8 @@ cdef class Invalidation:
         return f"Invalidation(leaves={self.leaves}, ticket={self.ticket})"
 
 
-cdef Invalidation invalidation(const change_t *change):
-    """Made without a constructor call: a notifier is timed with what it returns."""
-    cdef Invalidation result = Invalidation.__new__(Invalidation)
+cdef Invalidation invalidation(const change_t *change, Invalidation result):
+    """What a change did, in what was made before it: once something is gone, no MemoryError may hide that."""
     result.leaves = change.dropped
     result.ticket = change.ticket
     return result
@@ -343,6 +343,7 @@ cdef class _Engine:
     def map(self, uint64_t cipa, uint64_t pa, uint64_t size, perm, memattr):
         cdef host_attrs_t attrs
         cdef change_t change
+        cdef Invalidation result = Invalidation.__new__(Invalidation)
         cdef bint mapped
         cdef uint64_t limit = <uint64_t>1 << self.vm.features.pa_bits
         if size == 0:
@@ -362,12 +363,13 @@ cdef class _Engine:
             mapped = host_map(&self.vm, cipa, pa, size, &attrs, ~<uint64_t>0, &change)
         if not mapped:
             raise MemoryError(f"no room for the tables of {size:#x} bytes at {cipa:#x}")
-        return invalidation(&change)
+        return invalidation(&change, result)
 
     def load(self, addresses, pages, uint64_t vttbr, uint64_t vtcr):
         cdef host_attrs_t attrs
         cdef change_t change
-        cdef uint64_t dropped = 0, cipa, pa, size
+        cdef Invalidation result = Invalidation.__new__(Invalidation)
+        cdef uint64_t dropped = 0, cipa, pa, size, needed
         cdef bint mapped
         cdef uint64_t largest = level_span(self.vm.arena.granule_bits,
                                            largest_leaf_level(self.vm.arena.granule_bits, self.vm.arena.oa.wide))
@@ -378,50 +380,72 @@ cdef class _Engine:
                 raise ValueError(f"captured leaf at {cipa:#x} is beyond pa_bits={self.vm.features.pa_bits}")
             if size > largest:
                 raise ValueError(f"captured leaf of {size:#x} bytes at {cipa:#x} is larger than the host's blocks")
+        needed = self.tables_above(leaf_rows)
+        with nogil:
+            mapped = host_make_room(&self.vm, needed)
+        if not mapped:
+            raise MemoryError(f"no room for the tables of {len(leaf_rows)} captured leaves")
         change.ticket = self.vm.owed.seq
-        for row in leaf_rows:
-            cipa, pa, size = row["ipa"], row["pa"], row["size"]
-            attrs.perm = row["perm"]
-            attrs.memattr = row["memattr"]
-            attrs.sh = row["sh"]
-            attrs.young = int(row["desc"]) >> 10 & 1
+        try:
+            for row in leaf_rows:
+                cipa, pa, size = row["ipa"], row["pa"], row["size"]
+                attrs.perm = row["perm"]
+                attrs.memattr = row["memattr"]
+                attrs.sh = row["sh"]
+                attrs.young = int(row["desc"]) >> 10 & 1
+                with nogil:
+                    mapped = host_map(&self.vm, cipa, pa, size, &attrs, size, &change)
+                if not mapped:              # another thread took the room
+                    raise MemoryError(f"no room for the tables of the captured leaf at {cipa:#x}")
+                dropped += change.dropped
+        finally:
             with nogil:
-                mapped = host_map(&self.vm, cipa, pa, size, &attrs, size, &change)
-            if not mapped:
-                raise MemoryError(f"no room for the tables of the captured leaf at {cipa:#x}")
-            dropped += change.dropped
-        return Invalidation(dropped, change.ticket)
+                host_give_room(&self.vm)
+        change.dropped = dropped
+        return invalidation(&change, result)
+
+    cdef uint64_t tables_above(self, leaf_rows):
+        """How many table pages these leaves stand in, where nothing else does."""
+        cdef uint64_t needed = 0, span
+        cdef int level
+        for level in range(self.vm.canonical.start_level, FINAL_LEVEL):
+            span = level_span(self.vm.arena.granule_bits, level)
+            needed += len(np.unique(leaf_rows["ipa"][leaf_rows["size"] < span] // span))
+        return needed
 
     def captured_leaves(self, addresses, pages, vttbr, vtcr):
         """The leaves of a captured host table, read through a memory that holds only its pages."""
         granule = self.page_size()
         addresses = np.ascontiguousarray(addresses, dtype=np.uint64)
         pages = np.ascontiguousarray(pages, dtype=np.uint8)
-        if pages.ndim != 2 or addresses.ndim != 1 or len(addresses) != len(pages):
-            raise ValueError("addresses must be uint64[N] and pages uint8[N, page], "
+        if pages.ndim != 2 or addresses.ndim != 1 or len(addresses) != len(pages) or pages.shape[1] != granule:
+            raise ValueError(f"addresses must be uint64[N] and pages uint8[N, {granule}], "
                              f"got {addresses.shape} and {pages.shape}")
         config = Stage2Config(vttbr, vtcr, self.features, hcr=HCR_VM | (HCR_FWB if self.features.fwb else 0))
         if config.error:
             raise ValueError(f"vtcr {vtcr:#x} and vttbr {vttbr:#x} make no host table: {config.error}")
         if config.granule != granule:
             raise ValueError(f"vtcr {vtcr:#x} has a granule of {config.granule}, the host's is {granule}")
+        order = np.argsort(addresses, kind="stable")
+        check_table_pages(addresses[order], granule)
         mem = GuestMemory()
-        for address, page in zip(addresses.tolist(), pages):
-            mem.add(address, buffer=page)
+        (<GuestMemory>mem).fill(addresses[order], pages[order])
         # each page in at most sixteen places; tables that loop would take seconds to the default limit
         return table_leaves(mem, config, min(1 << 24, 16 * len(pages) * pages.shape[1] // 8))
 
     def protect(self, uint64_t start, uint64_t end, perm):
         cdef host_attrs_t attrs
         cdef change_t change
+        cdef Invalidation result = Invalidation.__new__(Invalidation)
         self.check_range(start, end)
         self.fill_attrs(perm, 0, &attrs)
         with nogil:
             host_protect(&self.vm, start, end, attrs.perm, &change)
-        return invalidation(&change)
+        return invalidation(&change, result)
 
     cdef Invalidation unmap(self, uint64_t start, uint64_t end, object partial):
         cdef change_t change
+        cdef Invalidation result = Invalidation.__new__(Invalidation)
         cdef bint drop_partial
         self.check_range(start, end)
         if partial is None:
@@ -434,10 +458,11 @@ cdef class _Engine:
             return Invalidation(0, self.vm.owed.seq)
         with nogil:
             host_unmap(&self.vm, start, end, drop_partial, &change)
-        return invalidation(&change)
+        return invalidation(&change, result)
 
     def log_dirty(self, uint64_t start, uint64_t end, bint on):
         cdef change_t change
+        cdef Invalidation result = Invalidation.__new__(Invalidation)
         cdef uint64_t[:, ::1] ranges
         cdef uint32_t count
         cdef bint reserved = True
@@ -454,7 +479,7 @@ cdef class _Engine:
             raise MemoryError("cannot reserve address space for the dirty log")
         with nogil:
             host_log(&self.vm, <const range_t *>&ranges[0, 0], count, on, &change)
-        return invalidation(&change)
+        return invalidation(&change, result)
 
     cdef object new_bitmap(self, uint64_t start, uint64_t end):
         return np.zeros(((end - start >> self.vm.arena.granule_bits) + 7) // 8, dtype=np.uint8)
@@ -1286,6 +1311,10 @@ cdef class NestedVM:
     def _poke(self, index, ipa, flip):
         self.engine._poke(index, ipa, flip)
 
+    def _evict_looked(self):
+        """Leaf tables that evictions looked at: for tests of what they cost."""
+        return self.engine.vm.evict_looked
+
     def _state(self):
         """The engine's ``vm_t``, as a capsule valid as long as this object: for ``s2shadow._floor``, which measures."""
         return PyCapsule_New(&self.engine.vm, "s2shadow.vm_t", NULL)
@@ -1300,6 +1329,16 @@ cdef class NestedVM:
 
     def __repr__(self):
         return f"NestedVM({len(self.vcpus)} vCPUs, {len(self.contexts)} contexts, teardown={self.teardown!r})"
+
+
+def check_table_pages(addresses, page):
+    """Of a captured table, sorted: aligned, each once, of the page's size and below 2^52."""
+    misplaced = addresses[(addresses % page != 0) | (addresses >= 1 << 52)]
+    twice = addresses[1:][np.diff(addresses) == 0]
+    if len(misplaced):
+        raise ValueError(f"addresses: {int(misplaced[0]):#x} is not that of a page of {page} bytes below 2^52")
+    if len(twice):
+        raise ValueError(f"addresses: {int(twice[0]):#x} is there twice")
 
 
 def check_features(features):

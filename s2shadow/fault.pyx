@@ -355,7 +355,7 @@ cdef step_t install_somehow(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, bint exclusive
         installed = install_leaf(vm, vcpu, context, ipa, host_slot, block, leaf, may_keep_write, exclusive, out)
         if installed == INSTALL_DONE:
             return STEP_DONE
-        if not exclusive:
+        if not exclusive or installed == INSTALL_EXCLUSIVE:
             return STEP_EXCLUSIVE
         if installed == INSTALL_NO_MEMORY:
             tidy_tables(vm, vcpu, ipa)
@@ -395,11 +395,11 @@ cdef install_t install_leaf(vm_t *vm, vcpu_t *vcpu, context_t *context, uint64_t
         if not exclusive:
             return INSTALL_EXCLUSIVE
         # Another size, another output or fewer permissions: a leaf never mixes two guest descriptors.
-        vcpu.replaced += 1
-        if is_table(desc, level):
-            drop_below(vm, slot)
-        else:
+        if not is_table(desc, level):
             drop_leaf(vm, slot)
+        elif not drop_below(vm, slot):
+            return INSTALL_EXCLUSIVE        # on with it in the next section
+        vcpu.replaced += 1
 
 
 cdef inline install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint32_t host_slot, uint64_t block,
@@ -472,16 +472,18 @@ cdef void tidy_tables(vm_t *vm, vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
 
 cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
     """The whole fault again on the exclusive side. First what the shared attempt may have left goes: it made tables and
-    nodes and then found no memory, and L1's table may say something else by now."""
-    cdef step_t step
-    lock_exclusive(&vm.lock)
-    owed_begin(&vm.owed)
-    tidy_tables(vm, vcpu, ipa)
-    if vm.teardown == TEARDOWN_REVERSE_MAP and not out.cipa >> vm.canonical.ia_bits:
-        rmap_tidy(&vm.rmap, out.cipa)
-    step = fault_step(vm, vcpu, ipa, access, True, out)
-    owed_end(&vm.owed)
-    unlock_exclusive(&vm.lock)
+    nodes and then found no memory, and L1's table may say something else by now. Once more, and with others let in
+    between, while there are leaves in its way: each section drops as many as one should."""
+    cdef step_t step = STEP_EXCLUSIVE
+    while step == STEP_EXCLUSIVE:
+        lock_exclusive(&vm.lock)
+        owed_begin(&vm.owed)
+        tidy_tables(vm, vcpu, ipa)
+        if vm.teardown == TEARDOWN_REVERSE_MAP and not out.cipa >> vm.canonical.ia_bits:
+            rmap_tidy(&vm.rmap, out.cipa)
+        step = fault_step(vm, vcpu, ipa, access, True, out)
+        owed_end(&vm.owed)
+        unlock_exclusive(&vm.lock)
     return step
 
 

@@ -18,8 +18,8 @@ from s2shadow.atomics cimport fetch_or64, load32, load64, store64
 from s2shadow.combine cimport leaf_desc
 from s2shadow.dirty cimport clear_dirty, dirty_any_logged, dirty_next, dirty_set_range, mark_dirty
 from s2shadow.leaf cimport (
-    OP_AGE, OP_DROP, OP_NARROW, drop_everything, drop_list, evict, mark_young, visit_canonical, visit_context, visit_init,
-    visit_t,
+    OP_AGE, OP_DROP, OP_NARROW, cursor_init, cursor_t, drop_everything, drop_list, evict, mark_young,
+    visit_canonical, visit_context, visit_init, visit_lists, visit_t,
 )
 from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
 from s2shadow.memory cimport region_t
@@ -32,6 +32,7 @@ from s2shadow.vm cimport (
     ACTIVE_RANGES, CHANGES_KEPT, DROP_CHUNK, NO_CONTEXT, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP,
     kernel_steps_per_context, note_change, overlaps_active, range_t, vm_t,
 )
+from s2shadow.vmem cimport refused
 
 cdef enum:
     LOG_CHUNK_PAGES = 4096      # host pages whose logging is switched in one exclusive section
@@ -73,6 +74,7 @@ cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t e
 cdef inline void begin(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
     lock_exclusive(&vm.lock)
     change.dropped = 0
+    change.work = 0
     owed_begin(&vm.owed)
     vm.invalidations += 1
     note_change(vm, start, end)
@@ -344,6 +346,12 @@ cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_
         pages += 2                          # at the two ends
         if level < largest or span > max_block or (cipa ^ pa) & (span - 1):
             pages += size / span
+    return room_for(vm, pages)
+
+
+cdef bint room_for(vm_t *vm, uint64_t pages) noexcept nogil:
+    if not vm.arena.room_made and refused():
+        return False
     while not arena_has_room(&vm.arena, pages):
         if not evict(vm, NO_CONTEXT, 0):
             return arena_has_room(&vm.arena, pages)
@@ -369,9 +377,13 @@ cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const ho
     if live and same_mapping(vm, cipa, pa, size, attrs):
         finish(vm, change)
         return True
+    if live:
+        drop_shadows(vm, cipa, cipa + size, change)
+        await_inactive(vm, cipa, cipa + size)
     if not make_room(vm, cipa, pa, size, max_block):
         finish(vm, change)
         return False
+    vm.arena.room_made += 1
     if live:
         unmap_locked(vm, cipa, cipa + size, False, False, change)
     while done < size:
@@ -379,12 +391,31 @@ cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const ho
         if not put_host_leaf(vm, cipa + done, pa + done, level, attrs):
             table_tidy(&vm.arena, &vm.canonical, cipa + done)
             unmap_locked(vm, cipa, cipa + size, False, False, change)   # room was made: only the arena can end here
-            finish(vm, change)
-            return False
+            break
         done += level_span(vm.arena.granule_bits, level)
+    vm.arena.room_made -= 1
     note_change(vm, cipa, cipa + size)
     finish(vm, change)
-    return True
+    return done == size
+
+
+cdef bint host_make_room(vm_t *vm, uint64_t pages) noexcept nogil:
+    """Evict shadows until ``pages`` more table pages fit, and what single mappings may ask for on top; False if they
+    cannot. Pair what succeeds with ``host_give_room``."""
+    cdef bint made
+    lock_exclusive(&vm.lock)
+    owed_begin(&vm.owed)
+    made = room_for(vm, pages + 2 * (FINAL_LEVEL - vm.canonical.start_level))
+    vm.arena.room_made += made
+    owed_end(&vm.owed)
+    unlock_exclusive(&vm.lock)
+    return made
+
+
+cdef void host_give_room(vm_t *vm) noexcept nogil:
+    lock_exclusive(&vm.lock)
+    vm.arena.room_made -= 1
+    unlock_exclusive(&vm.lock)
 
 
 cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size,
@@ -435,10 +466,12 @@ cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexce
 
 cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
     """Split the host block around ``cipa`` down to a page and drop the shadow blocks over it (exclusive side). Shadows
-    are evicted for the tables; False, with the block dropped, when even that does not help."""
+    are evicted for the tables; where even that does not help the block is dropped. False while there are more shadow
+    blocks than one section should drop."""
     cdef int level = 0
-    cdef uint32_t slot
+    cdef uint32_t slot, head
     cdef uint64_t span, block
+    cdef visit_t visit
     while True:
         slot = table_find(&vm.arena, &vm.canonical, cipa, &level)
         if not load64(vm.arena.words + slot) & DESC_VALID or level == FINAL_LEVEL:
@@ -446,25 +479,72 @@ cdef bint split_down(vm_t *vm, uint64_t cipa) noexcept nogil:
         span = level_span(vm.arena.granule_bits, level)
         block = cipa & ~(span - 1)
         # a leaf over the first byte that sticks out of the first piece is as large as the whole
-        drop_sticking_out(vm, block, block + 1, block + span / (<uint64_t>1 << vm.arena.slot_bits))
+        if has_reverse_map(vm):
+            head = rmap_find(&vm.rmap, block, level)
+            if head and load32(vm.rmap.heads + head):
+                drop_list(vm, head, DROP_CHUNK)
+                if load32(vm.rmap.heads + head):
+                    return False
+        elif drops_by_range(vm):
+            visit_sticking_out(&visit, block, block + 1, block + span / (<uint64_t>1 << vm.arena.slot_bits))
+            visit_canonical(vm, &visit)
+        else:
+            drop_everything(vm)
         note_change(vm, block, block + span)
         if not split_host_block(vm, slot, level):
             drop_shadows_at_once(vm, block, block + span)
             remove_host_leaf(vm, slot)
-            return False
+            return True
 
 
-cdef uint64_t drop_sticking_out(vm_t *vm, uint64_t start, uint64_t end, uint64_t whole_end) noexcept nogil:
-    """Drop the shadow leaves over [start, end) that stick out of [start, whole_end); how many."""
-    cdef visit_t visit
-    if not drops_by_range(vm):
-        return drop_everything(vm)
-    visit_init(&visit, OP_NARROW, start, end)
+cdef void visit_sticking_out(visit_t *visit, uint64_t start, uint64_t end, uint64_t whole_end) noexcept nogil:
+    """To drop the shadow leaves over [start, end) that stick out of [start, whole_end)."""
+    visit_init(visit, OP_NARROW, start, end)
     visit.whole_end = whole_end
     visit.keep_perm = PERM_ALL
     visit.drop_sticking_out = 1
-    visit_canonical(vm, &visit)
-    return visit.dropped
+
+
+cdef bint visit_chunked(vm_t *vm, visit_t *visit, change_t *change) noexcept nogil:
+    """Visit the shadows of a range, letting go of the lock whenever a section has done its share: the range is
+    registered meanwhile, so that faults in it answer RETRY and add nothing. True if the lock was let go, and the host's
+    leaves may be other ones now."""
+    cdef uint64_t start = visit.start, end = visit.end
+    cdef bint paused = False
+    cdef cursor_t cursor
+    visit.budget = DROP_CHUNK
+    if not visit_canonical(vm, visit):
+        if has_reverse_map(vm) and register_active(vm, start, end):
+            cursor_init(vm, visit, &cursor)
+            paused = True
+            while True:
+                breathe(vm)
+                visit.budget = DROP_CHUNK
+                if visit_lists(vm, visit, &cursor):
+                    break
+            forget_active(vm, start, end)
+        else:
+            visit.budget = ~<uint64_t>0
+            visit_canonical(vm, visit)
+    change.dropped += visit.dropped
+    change.work += DROP_CHUNK - visit.budget if visit.budget <= DROP_CHUNK else DROP_CHUNK
+    return paused
+
+
+cdef void rest(vm_t *vm, change_t *change) noexcept nogil:
+    """Between two host leaves: let others in if this section has done its share."""
+    if change.work >= DROP_CHUNK:
+        change.work = 0
+        if has_reverse_map(vm):
+            breathe(vm)
+
+
+cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
+    """Drop the shadows of a range ahead of a change that must be whole, so that it finds few."""
+    cdef visit_t visit
+    if has_reverse_map(vm):
+        visit_init(&visit, OP_DROP, start, end)
+        visit_chunked(vm, &visit, change)
 
 
 cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
@@ -480,23 +560,25 @@ cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
         if not exclusive:
             return False
         if not split_down(vm, cipa):
-            return True                     # the block is gone: the fault finds nothing and starts over
+            return False
         slot = table_find(&vm.arena, &vm.canonical, cipa, &level)
+        if not load64(vm.arena.words + slot) & DESC_VALID:
+            return True                     # the block is gone: the fault finds nothing and starts over
     mark_dirty(&vm.dirty, cipa)
     fetch_or64(vm.arena.words + slot, DESC_S2AP_W)
     return True
 
 
-cdef void narrow_shadows(vm_t *vm, uint64_t start, uint64_t end, uint8_t keep, bint drop_sticking,
+cdef bint narrow_shadows(vm_t *vm, uint64_t start, uint64_t end, uint8_t keep, bint drop_sticking,
                          change_t *change) noexcept nogil:
+    """Take permissions from the shadows of a range; True if the lock was let go meanwhile."""
     cdef visit_t visit
     if not has_reverse_map(vm):
-        return                              # done for all contexts beforehand
+        return False                        # done for all contexts beforehand
     visit_init(&visit, OP_NARROW, start, end)
     visit.keep_perm = keep
     visit.drop_sticking_out = drop_sticking
-    visit_canonical(vm, &visit)
-    change.dropped += visit.dropped
+    return visit_chunked(vm, &visit, change)
 
 
 cdef void narrow_everything(vm_t *vm, uint8_t keep) noexcept nogil:
@@ -513,27 +595,28 @@ cdef void narrow_everything(vm_t *vm, uint8_t keep) noexcept nogil:
 
 
 cdef uint64_t protect_whole(vm_t *vm, uint32_t slot, int level, uint64_t start, uint64_t end, uint8_t perm,
-                            uint64_t *work, change_t *change) noexcept nogil:
+                            change_t *change) noexcept nogil:
     """Change the host leaves that lie inside [start, end) from the one in ``slot`` on, their shadows first; up to a
     chunk, and to the first leaf that is cut by the range or allows what it should already. Where to go on."""
     cdef uint64_t at = start, desc, changed, run_end = start
     cdef uint32_t first = slot
     cdef int first_level = level
     cdef host_attrs_t attrs
-    while slot and work[0] < DROP_CHUNK:
+    while slot and change.work < DROP_CHUNK:
         if at != run_end or at + level_span(vm.arena.granule_bits, level) > end:
             break
         if granted_perm(load64(vm.arena.words + slot)) == perm:
             break
         at += level_span(vm.arena.granule_bits, level)
         run_end = at
-        work[0] += 1
+        change.work += 1
         slot = leaf_after(&vm.arena, &vm.canonical, slot, &at, end, &level)
-    narrow_shadows(vm, start, run_end, perm, True, change)
     slot = first
     level = first_level
     at = start
-    while at < run_end:
+    if narrow_shadows(vm, start, run_end, perm, True, change):
+        slot = next_leaf(&vm.arena, &vm.canonical, &at, run_end, &level)    # other host changes may have been here
+    while slot and at < run_end:
         desc = load64(vm.arena.words + slot)
         attrs.perm = perm
         attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
@@ -549,28 +632,33 @@ cdef uint64_t protect_whole(vm_t *vm, uint32_t slot, int level, uint64_t start, 
 
 
 cdef uint64_t protect_leaf(vm_t *vm, uint32_t slot, int level, uint64_t block, uint64_t start, uint64_t end,
-                           uint8_t perm, uint64_t *work, change_t *change) noexcept nogil:
+                           uint8_t perm, change_t *change) noexcept nogil:
     """Change host leaves inside [start, end) from the one in ``slot`` on, which is split where it sticks out; where to
     go on."""
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t first = block if block > start else start
     cdef uint64_t last = block + span if block + span < end else end
+    cdef visit_t visit
     if granted_perm(load64(vm.arena.words + slot)) == perm:
-        work[0] += 1
+        change.work += 1
         return block + span
     if last - first < span:
-        work[0] += 1
-        change.dropped += drop_sticking_out(vm, first, last, last)
+        change.work += 1
+        if drops_by_range(vm):
+            visit_sticking_out(&visit, first, last, last)
+            visit_chunked(vm, &visit, change)
+        else:
+            change.dropped += drop_everything(vm)
         if not split_at(vm, first) or not split_at(vm, last):
             drop_shadows_at_once(vm, block, block + span)
             remove_host_leaves(vm, block, block + span)
             return block + span
         return first                        # again, with pieces that fit
-    return protect_whole(vm, slot, level, block, end, perm, work, change)
+    return protect_whole(vm, slot, level, block, end, perm, change)
 
 
 cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, change_t *change) noexcept nogil:
-    cdef uint64_t at = start, work = 0
+    cdef uint64_t at = start
     cdef int level = 0
     cdef uint32_t slot
     begin(vm, start, end, change)
@@ -579,21 +667,17 @@ cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, cha
         slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
         if not slot:
             break
-        at = protect_leaf(vm, slot, level, at, start, end, perm, &work, change)
-        if work >= DROP_CHUNK:
-            work = 0
-            if has_reverse_map(vm):
-                breathe(vm)
+        at = protect_leaf(vm, slot, level, at, start, end, perm, change)
+        rest(vm, change)
     note_change(vm, start, end)
     finish(vm, change)
 
 
-cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
-    """Take W from host leaves that overlap [start, end), and from all their shadows."""
+cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
+    """Take W from host leaves that overlap [start, end); their shadows have none."""
     cdef uint64_t at = start
     cdef int level = 0
     cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
-    narrow_shadows(vm, widen_start(vm, start), widen_end(vm, end), PERM_ALL & ~ACCESS_WRITE, False, change)
     while slot:
         store64(vm.arena.words + slot, load64(vm.arena.words + slot) & ~DESC_S2AP_W)
         at += level_span(vm.arena.granule_bits, level)
@@ -611,9 +695,11 @@ cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, cha
         at = ranges[i].start
         while at < ranges[i].end:
             stop = at + stretch if ranges[i].end - at > stretch else ranges[i].end
+            if on:                          # whole host leaves, whose shadows may reach out of the range
+                narrow_shadows(vm, widen_start(vm, at), widen_end(vm, stop), PERM_ALL & ~ACCESS_WRITE, False, change)
             dirty_set_range(&vm.dirty, at, stop, on)
             if on:
-                withhold_write(vm, at, stop, change)
+                withhold_write(vm, at, stop)
             at = stop
             if has_reverse_map(vm) and at < ranges[i].end:
                 breathe(vm)
@@ -622,7 +708,8 @@ cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, cha
 
 cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64_t origin,
                          uint8_t *bitmap) noexcept nogil:
-    """Report, clear and protect again, in one exclusive section: no write falls between."""
+    """Report, clear and protect again each page in one exclusive section: no write falls between. A write through a
+    leaf that still allows it comes before the page is reported; one that comes after it faults."""
     cdef uint64_t page = <uint64_t>1 << vm.arena.granule_bits, at
     cdef uint32_t i, slot
     cdef int level = 0
@@ -632,12 +719,14 @@ cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64
     for i in range(count):
         at = dirty_next(&vm.dirty, ranges[i].start, ranges[i].end)
         while at < ranges[i].end:
+            narrow_shadows(vm, at, at + page, PERM_ALL & ~ACCESS_WRITE, False, &change)
             mark_young(bitmap, vm.arena.granule_bits, origin, at, at + page)
             clear_dirty(&vm.dirty, at)
-            narrow_shadows(vm, at, at + page, PERM_ALL & ~ACCESS_WRITE, False, &change)
             slot = table_find(&vm.arena, &vm.canonical, at, &level)
             if load64(vm.arena.words + slot) & DESC_VALID:
                 store64(vm.arena.words + slot, load64(vm.arena.words + slot) & ~DESC_S2AP_W)
+            change.work += 1
+            rest(vm, &change)
             at = dirty_next(&vm.dirty, at + page, ranges[i].end)
     finish(vm, &change)
 
@@ -645,9 +734,12 @@ cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64
 cdef void host_age(vm_t *vm, uint64_t start, uint64_t end, bint clear, uint8_t *bitmap) noexcept nogil:
     """OR the access flags of host and shadow leaves into ``bitmap``; clear them if asked. Owes no TLBI."""
     cdef visit_t visit
+    cdef change_t change
     cdef uint64_t at = start, span, desc
     cdef int level = 0
     cdef uint32_t slot
+    change.dropped = 0
+    change.work = 0
     lock_exclusive(&vm.lock)
     while True:
         slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
@@ -661,9 +753,13 @@ cdef void host_age(vm_t *vm, uint64_t start, uint64_t end, bint clear, uint8_t *
             if clear:
                 store64(vm.arena.words + slot, desc & ~DESC_AF)
         at += span
+        change.work += 1
+        rest(vm, &change)
     if has_reverse_map(vm):
         visit_init(&visit, OP_AGE, start, end)
         visit.clear_young = clear
         visit.bitmap = bitmap
-        visit_canonical(vm, &visit)
+        owed_begin(&vm.owed)                # what it drops where others dropped leaves under it
+        visit_chunked(vm, &visit, &change)
+        owed_end(&vm.owed)
     unlock_exclusive(&vm.lock)

@@ -11,13 +11,14 @@ the map as broken and empties the context on every later event).
 """
 
 from cython.operator cimport dereference, predecrement, preincrement
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libcpp.utility cimport pair
 
 from s2shadow.table cimport (
     arena_charge, arena_refund, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t,
     pthread_mutex_unlock,
 )
+from s2shadow.vmem cimport allocate, refused
 
 cdef extern from *:
     """
@@ -25,10 +26,59 @@ cdef extern from *:
     #include <memory_resource>
     #include <new>
     struct s2_target { uint64_t end, ipa; };
+    /* Nodes from chunks, given back all at once. Not the library's pool: GCC 12's crashes where memory for the list of
+       its chunks is refused, after it took the chunk. */
+    struct s2_pool : std::pmr::memory_resource {
+        enum { BLOCK = 64, BLOCKS = 256 };                      /* a node of either map fits into a block */
+        union s2_block { s2_block *next; char bytes[BLOCK]; };
+        struct s2_chunk { s2_block blocks[BLOCKS]; s2_chunk *next; };
+        int (*const refused)(void);
+        s2_chunk *chunks = nullptr;
+        s2_block *unused = nullptr;
+        size_t left = 0;                                        /* blocks of the first chunk that were never used */
+        explicit s2_pool(int (*refused)(void)) : refused(refused) {}
+        void *do_allocate(size_t bytes, size_t) override
+        {
+            s2_block *block = unused;
+            if (bytes > BLOCK)
+                throw std::bad_alloc();
+            if (block) {
+                unused = block->next;
+                return block;
+            }
+            if (!left) {
+                if (refused())
+                    throw std::bad_alloc();
+                s2_chunk *chunk = new s2_chunk;
+                chunk->next = chunks;
+                chunks = chunk;
+                left = BLOCKS;
+            }
+            return &chunks->blocks[--left];
+        }
+        void do_deallocate(void *p, size_t, size_t) override
+        {
+            s2_block *block = static_cast<s2_block *>(p);
+            block->next = unused;
+            unused = block;
+        }
+        bool do_is_equal(const std::pmr::memory_resource &other) const noexcept override { return this == &other; }
+        void release() noexcept
+        {
+            while (chunks) {
+                s2_chunk *chunk = chunks;
+                chunks = chunk->next;
+                delete chunk;
+            }
+            unused = nullptr;
+            left = 0;
+        }
+    };
     struct s2_maps {
-        std::pmr::unsynchronized_pool_resource pool;
+        s2_pool pool;
         std::pmr::map<uint64_t, s2_target> ranges{&pool};
         std::pmr::map<uint64_t, decltype(ranges)::iterator> starts{&pool};
+        explicit s2_maps(int (*refused)(void)) : pool(refused) {}
         /* The nodes own nothing: they go with the pool's memory, not one by one. */
         void clear() noexcept
         {
@@ -38,9 +88,9 @@ cdef extern from *:
         }
     };
     /* What can throw stays in here: no exception may reach code that runs without the GIL. */
-    static inline s2_maps *s2_make_maps() noexcept
+    static inline s2_maps *s2_make_maps(int (*refused)(void)) noexcept
     {
-        try { return new s2_maps; } catch (...) { return NULL; }
+        try { return refused() ? NULL : new s2_maps(refused); } catch (...) { return NULL; }
     }
     template <class Map, class Place, class Key, class Value>
     static inline bool s2_insert_before(Map *map, Place next, Key key, Value value) noexcept
@@ -70,7 +120,7 @@ cdef extern from *:
         ordered_map[uint64_t, target_t] ranges
         ordered_map[uint64_t, ordered_map[uint64_t, target_t].iterator] starts
         void clear() noexcept nogil
-    maps_t *s2_make_maps() noexcept nogil
+    maps_t *s2_make_maps(bint (*refused)() noexcept nogil) noexcept nogil
     bint s2_insert_before[Map, Place, Key, Value](Map *map, Place next, Key key, Value value) noexcept nogil
 
 ctypedef ordered_map[uint64_t, target_t].iterator range_at
@@ -90,11 +140,11 @@ cdef struct intervals_t:
 
 cdef intervals_t *intervals_new(arena_t *arena) noexcept nogil:
     """An empty map, or NULL."""
-    cdef intervals_t *maps = <intervals_t *>calloc(1, sizeof(intervals_t))
+    cdef intervals_t *maps = <intervals_t *>allocate(1, sizeof(intervals_t))
     if maps == NULL:
         return NULL
     maps.arena = arena
-    maps.cpp = s2_make_maps()
+    maps.cpp = s2_make_maps(refused)
     if maps.cpp == NULL:
         free(maps)
         return NULL

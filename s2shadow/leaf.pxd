@@ -21,7 +21,7 @@ ctypedef struct visit_t:
     uint64_t end
     uint64_t whole_start        # canonical range that a leaf must lie in not to stick out
     uint64_t whole_end
-    uint64_t budget             # leaves that may still be dropped before the visit has to pause
+    uint64_t budget             # leaves that may still be visited before the visit has to pause
     uint64_t dropped
     uint8_t keep_perm
     uint8_t drop_sticking_out
@@ -34,15 +34,24 @@ ctypedef struct visit_t:
     uint8_t guest_granule_bits  # 0: every dropped leaf was required
     uint8_t *bitmap             # OP_AGE: one bit per host page of [whole_start, whole_end)
 
+# Where a visit by canonical range goes on that let go of the lock (``visit_lists``).
+ctypedef struct cursor_t:
+    int level
+    uint64_t cipa               # of the list
+    uint32_t slot               # the leaf of it that is next; 0: the first
+    uint8_t lost                # that leaf went meanwhile: the rest of its list goes too
+
 cdef enum:
     ALL_TAGS = 0x3F
 
 cdef void visit_init(visit_t *visit, leaf_op_t op, uint64_t start, uint64_t end) noexcept nogil
 cdef bint visit_canonical(vm_t *vm, visit_t *visit) noexcept nogil
+cdef void cursor_init(const vm_t *vm, const visit_t *visit, cursor_t *cursor) noexcept nogil
+cdef bint visit_lists(vm_t *vm, visit_t *visit, cursor_t *cursor) noexcept nogil
 cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil
 cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil
 cdef uint64_t drop_list(vm_t *vm, uint32_t head, uint64_t budget) noexcept nogil
-cdef void drop_below(vm_t *vm, uint32_t slot) noexcept nogil
+cdef bint drop_below(vm_t *vm, uint32_t slot) noexcept nogil
 cdef void drop_tables(vm_t *vm, context_t *context) noexcept nogil
 cdef uint64_t drop_everything(vm_t *vm) noexcept nogil
 cdef void mark_young(uint8_t *bitmap, int page_bits, uint64_t origin, uint64_t start, uint64_t end) noexcept nogil

@@ -12,17 +12,18 @@ from s2shadow.intervals cimport (
     UNKNOWN_IPA, interval_t, intervals_find, intervals_lose, intervals_remove, intervals_reset,
 )
 from s2shadow.owed cimport owe_context, owe_leaf
+from s2shadow.pageset cimport pageset_next
 from s2shadow.rmap cimport (
     HEAD_TAG, give_marker, head_cipa, head_emptied, is_marker, known_head, leaf_cipa, link_next, link_prev, node_t,
-    pin_node, rmap_is_empty, rmap_mark, rmap_unlink, unpin_node,
+    pin_node, rmap_is_empty, rmap_mark, rmap_next_list, rmap_unlink, unpin_node,
 )
 from s2shadow.table cimport (
     CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaves_removed, page_of, page_t,
     pin_page, slot_ipa, table_find, unpin_page,
 )
 from s2shadow.vm cimport (
-    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, kernel_steps_per_context, read_tag,
-    vm_t,
+    DROP_CHUNK, TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t,
+    kernel_steps_per_context, read_tag, vm_t,
 )
 
 cdef enum:
@@ -147,6 +148,9 @@ cdef bint visit_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) no
     """Apply the operation to one leaf whose cIPA block starts at ``block``; False when the budget is spent."""
     cdef bint drops = visit.op == OP_DROP
     cdef uint64_t end
+    if visit.budget == 0:
+        return False
+    visit.budget -= 1
     if visit.op == OP_AGE:
         age_leaf(vm, slot, visit, block)
         return True
@@ -156,9 +160,6 @@ cdef bint visit_leaf(vm_t *vm, uint32_t slot, visit_t *visit, uint64_t block) no
     if not drops:
         narrow_leaf(vm, slot, visit.keep_perm)
         return True
-    if visit.budget == 0:
-        return False
-    visit.budget -= 1
     visit.dropped += 1
     visit.required += is_required(vm, slot, visit)
     drop_leaf(vm, slot)
@@ -222,6 +223,72 @@ cdef bint visit_canonical(vm_t *vm, visit_t *visit) noexcept nogil:
     if vm.teardown == TEARDOWN_INTERVAL_MAP:
         return visit_intervals(vm, visit)
     return rmap_is_empty(&vm.rmap) or visit_node(vm, vm.rmap.root, visit)
+
+
+cdef void cursor_init(const vm_t *vm, const visit_t *visit, cursor_t *cursor) noexcept nogil:
+    memset(cursor, 0, sizeof(cursor_t))
+    cursor.level = vm.rmap.nodes[vm.rmap.root].level
+    cursor.cipa = visit.start
+
+
+cdef bint visit_lists(vm_t *vm, visit_t *visit, cursor_t *cursor) noexcept nogil:
+    """As ``visit_canonical`` with the reverse map, but list by list, so that a visit that keeps its leaves goes on where
+    it paused: in the midst of a page's million aliases too. False when the budget is spent. Faults in the range must
+    not add leaves meanwhile."""
+    cdef uint64_t at
+    cdef uint32_t head
+    while cursor.level <= FINAL_LEVEL:
+        at = cursor.cipa
+        head = rmap_next_list(&vm.rmap, cursor.level, &at, visit.end)
+        if at != cursor.cipa:
+            cursor.cipa = at
+            cursor.slot = 0
+            cursor.lost = 0
+        if head:
+            if not visit_list_from(vm, head, visit, cursor):
+                return False
+            cursor.cipa += level_span(vm.arena.granule_bits, cursor.level)
+        else:
+            cursor.level += 1
+            cursor.cipa = visit.start
+        cursor.slot = 0
+        cursor.lost = 0
+    return True
+
+
+cdef bint visit_list_from(vm_t *vm, uint32_t head, visit_t *visit, cursor_t *cursor) noexcept nogil:
+    cdef uint32_t slot = cursor.slot, following, node = head >> vm.arena.slot_bits
+    cdef leaf_op_t op = visit.op
+    cdef bint complete = True
+    if slot and not stands_in_list(vm, slot, cursor.level, cursor.cipa):
+        cursor.lost = 1                     # which leaves were visited cannot be told: dropping is always right
+        slot = 0
+    if not slot:
+        slot = load32(vm.rmap.heads + head)
+    pin_node(&vm.rmap, node)
+    while slot and complete:
+        following = load32(link_next(&vm.arena, slot))
+        if not is_marker(&vm.rmap, slot):
+            if cursor.lost:
+                if op == OP_AGE:
+                    age_leaf(vm, slot, visit, cursor.cipa)
+                visit.op = OP_DROP
+            complete = visit_leaf(vm, slot, visit, cursor.cipa)
+            visit.op = op
+            if not complete:
+                cursor.slot = slot
+        slot = following
+    unpin_node(&vm.rmap, node)
+    return complete
+
+
+cdef bint stands_in_list(vm_t *vm, uint32_t slot, int level, uint64_t cipa) noexcept nogil:
+    """Whether a name that was a leaf of this list still is one."""
+    cdef const page_t *page = &vm.arena.pages[page_of(&vm.arena, slot)]
+    cdef uint64_t desc = load64(vm.arena.words + slot)
+    if page.level != level or page.context == CANONICAL or not desc & DESC_VALID or is_table(desc, level):
+        return False
+    return find_cipa(vm, slot) == cipa
 
 
 cdef bint visit_intervals(vm_t *vm, visit_t *visit) noexcept nogil:
@@ -367,11 +434,13 @@ cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept n
     return True
 
 
-cdef void drop_below(vm_t *vm, uint32_t slot) noexcept nogil:
-    """Remove every leaf under the table that ``slot`` points to, and with them the table."""
+cdef bint drop_below(vm_t *vm, uint32_t slot) noexcept nogil:
+    """Remove the leaves under the table that ``slot`` points to, and with the last of them the table; False if there
+    are more than one section should drop."""
     cdef visit_t visit
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
-    visit_page(vm, child_page(&vm.arena, load64(vm.arena.words + slot)), &visit)
+    visit.budget = DROP_CHUNK
+    return visit_page(vm, child_page(&vm.arena, load64(vm.arena.words + slot)), &visit)
 
 
 cdef void drop_tables_in(vm_t *vm, uint32_t page) noexcept nogil:
@@ -433,11 +502,26 @@ cdef uint64_t empty_whole(vm_t *vm, uint32_t index) noexcept nogil:
     return visit.dropped
 
 
+cdef void empty_partly(vm_t *vm, uint32_t index) noexcept nogil:
+    """Drop as many leaves of a context as one section should; an interval map goes as a whole."""
+    cdef visit_t visit
+    if vm.teardown == TEARDOWN_INTERVAL_MAP:
+        empty_whole(vm, index)
+        return
+    owe_context(&vm.owed, index)
+    visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
+    visit.budget = DROP_CHUNK
+    visit_context(vm, &vm.contexts[index], &visit)
+
+
 cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:
-    """Empty the least recently used context that no vCPU holds."""
+    """Take leaves of the least recently used context that no vCPU holds. Where none of those holds anything, that stays
+    so until a context is acquired or released: all are looked at once."""
     cdef context_t *context
     cdef context_t *coldest = NULL
     cdef uint32_t i, at = 0
+    if vm.all_cold_empty == vm.clock:
+        return False
     for i in range(vm.contexts_used):
         context = &vm.contexts[i]
         if context.valid and not context.refs and i != keep and not is_empty(vm, context):
@@ -445,39 +529,44 @@ cdef bint evict_cold_context(vm_t *vm, uint32_t keep) noexcept nogil:
                 coldest = context
                 at = i
     if coldest == NULL:
+        vm.all_cold_empty = vm.clock
         return False
-    empty_whole(vm, at)
+    empty_partly(vm, at)
     return True
 
 
 cdef bint evict_leaf_table(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil:
-    """Empty one shadow table of pages, in turn; not the one that is about to be used."""
+    """Empty one shadow table of pages, in turn; not the one that is about to be used. Each turn but the first passes
+    only tables that hold nothing, and those go with it."""
     cdef arena_t *arena = &vm.arena
-    cdef uint32_t _looked, page
+    cdef uint32_t passed = 0
     cdef page_t *meta
     cdef visit_t visit
-    for _looked in range(arena.next_page):
-        vm.evict_hand = vm.evict_hand + 1 if vm.evict_hand + 1 < arena.next_page else 1
-        page = vm.evict_hand
-        meta = &arena.pages[page]
-        if meta.context == CANONICAL or meta.level != FINAL_LEVEL or not meta.live:
+    while passed < 2:
+        vm.evict_hand = pageset_next(&arena.leaf_tables, vm.evict_hand)
+        if not vm.evict_hand:
+            passed += 1
             continue
-        if not (meta.in_use or meta.is_root):
-            continue
+        vm.evict_looked += 1
+        meta = &arena.pages[vm.evict_hand]
         if meta.context == keep_context and keep_ipa - meta.ipa < level_span(arena.granule_bits, FINAL_LEVEL - 1):
             continue
+        if not meta.live:                   # left by a fault that found no memory
+            free_empty(vm, vm.evict_hand)
+            continue
         visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
-        visit_page(vm, page, &visit)
+        visit_page(vm, vm.evict_hand, &visit)
         return True
     return False
 
 
 cdef bint evict_any_context(vm_t *vm) noexcept nogil:
-    """The last resort: empty contexts that are in use too, one at a time."""
-    cdef uint32_t i
-    for i in range(vm.contexts_used):
-        if vm.contexts[i].generation and not is_empty(vm, &vm.contexts[i]):
-            empty_whole(vm, i)
+    """The last resort: take leaves of contexts that are in use too, in turn."""
+    cdef uint32_t _looked
+    for _looked in range(vm.contexts_used):
+        vm.context_hand = vm.context_hand + 1 if vm.context_hand + 1 < vm.contexts_used else 0
+        if vm.contexts[vm.context_hand].generation and not is_empty(vm, &vm.contexts[vm.context_hand]):
+            empty_partly(vm, vm.context_hand)
             return True
     return False
 

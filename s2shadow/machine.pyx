@@ -1,6 +1,6 @@
 """Set-up and teardown of a machine, and what its Python and its C face do with it alike."""
 
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.string cimport memset
 
 from s2shadow.arch cimport DESC_VALID, FINAL_LEVEL, leaf_level_within, level_span, oa_format_t
@@ -22,6 +22,7 @@ from s2shadow.table cimport (
 from s2shadow.vm cimport (
     NO_CONTEXT, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, forget_ways, is_active, overlaps_active,
 )
+from s2shadow.vmem cimport allocate
 
 cdef enum:
     LEVELS = 4                  # of the longest walk path through our own tables
@@ -48,7 +49,7 @@ cdef uint64_t least_bytes(uint64_t host_granule, uint64_t vcpus, uint64_t contex
 cdef setup_t vm_init(vm_t *vm, const plan_t *plan) noexcept nogil:
     """Set up ``vm``, whatever it holds; what fails leaves something that ``vm_destroy`` takes."""
     cdef oa_format_t oa
-    cdef uint32_t i
+    cdef uint32_t i, root
     memset(vm, 0, sizeof(vm_t))
     lock_init(&vm.lock)
     vm.features = plan.features
@@ -63,13 +64,16 @@ cdef setup_t vm_init(vm_t *vm, const plan_t *plan) noexcept nogil:
         return SETUP_NO_ADDRESS_SPACE
     vm.arena.alone = plan.vcpus == 1
     vm.arena.keeps_links = plan.teardown == TEARDOWN_REVERSE_MAP
-    vm.contexts = <context_t *>calloc(plan.contexts, sizeof(context_t))
-    vm.vcpus = <vcpu_t *>calloc(plan.vcpus, sizeof(vcpu_t))
+    vm.contexts = <context_t *>allocate(plan.contexts, sizeof(context_t))
+    vm.vcpus = <vcpu_t *>allocate(plan.vcpus, sizeof(vcpu_t))
     if (vm.contexts == NULL or vm.vcpus == NULL
             or (plan.teardown == TEARDOWN_REVERSE_MAP and not rmap_init(&vm.rmap, &vm.arena, vm.features.pa_bits))
             or not owed_init(&vm.owed, plan.contexts, plan.track_tlbis)):
         return SETUP_NO_MEMORY
-    table_init(&vm.arena, &vm.canonical, reserve_root(&vm.arena), CANONICAL, vm.features.pa_bits)
+    root = reserve_root(&vm.arena)
+    if not root:
+        return SETUP_NO_ROOTS
+    table_init(&vm.arena, &vm.canonical, root, CANONICAL, vm.features.pa_bits)
     for i in range(plan.contexts):
         vm.contexts[i].shadow.root = reserve_root(&vm.arena)
         if not vm.contexts[i].shadow.root:

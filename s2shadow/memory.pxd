@@ -139,6 +139,7 @@ cdef class GuestMemory:
     cdef void pin(self, mem_view_t *view) noexcept
     cdef void unpin(self) noexcept
     cdef bint refresh(self, mem_view_t *view) noexcept nogil
-    cdef int publish(self, region_map_t *map) except -1
+    cdef int publish(self, region_map_t *map, list owners) except -1
+    cdef int fill(self, const uint64_t[::1] addresses, const uint8_t[:, ::1] pages) except -1
     cdef int insert(self, const region_t *region, object owner) except -1
     cdef uint8_t *piece(self, uint64_t cipa, size_t wanted, bint writing, size_t *length) except NULL

@@ -7,12 +7,12 @@ from collections import namedtuple
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from s2shadow.arguments cimport as_u64
 from s2shadow.atomics cimport fetch_add32, load32, load64, load_pointer, store_pointer, store64
-from s2shadow.vmem cimport release, reserve
+from s2shadow.vmem cimport allocate, release, reserve
 
 PAGE = 4096
 ADDRESS_LIMIT = 1 << 52
@@ -120,8 +120,8 @@ cdef bint view_refresh(mem_view_t *view, const memory_t *memory) noexcept nogil:
 
 cdef region_map_t *new_map(uint32_t count) noexcept nogil:
     """An empty map with room for ``count`` regions, or NULL."""
-    cdef region_map_t *map = <region_map_t *>malloc(
-        sizeof(region_map_t) + count * (sizeof(region_t) + sizeof(desc_source_t)))
+    cdef region_map_t *map = <region_map_t *>allocate(
+        1, sizeof(region_map_t) + count * (sizeof(region_t) + sizeof(desc_source_t)))
     if map != NULL:
         map.count = count
         map.regions = <region_t *>(map + 1)
@@ -251,12 +251,20 @@ cdef class GuestMemory:
     cdef bint refresh(self, mem_view_t *view) noexcept nogil:
         return view_refresh(view, &self.c)
 
-    cdef int publish(self, region_map_t *map) except -1:
-        cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)
+    cdef int publish(self, region_map_t *map, list owners) except -1:
+        """Let the regions of ``map`` and those that own their memory take the place of the present ones. What may fail
+        comes first: a map that a walk reads must never be freed, nor an owner be lost."""
+        cdef _RetiredMap old
+        try:
+            old = _RetiredMap.__new__(_RetiredMap)
+            self.retired.append(old)
+        except MemoryError:
+            free(map)
+            raise
         old.map = self.c.map
         store_pointer(<void **>&self.c.map, map)
         store64(&self.c.epoch, self.c.epoch + 1)
-        self.retired.append(old)
+        self.owners = owners
         if fetch_add32(&self.users, 0) == 0:            # a full barrier between the new map and the look at its users
             self.retired.clear()
         return 0
@@ -324,8 +332,29 @@ cdef class GuestMemory:
             raise MemoryError("region list")
         while map.regions[at].start != region.start:
             at += 1
-        self.owners.insert(at, owner)
-        return self.publish(map)
+        try:
+            owners = [*self.owners[:at], owner, *self.owners[at:]]
+        except MemoryError:
+            free(map)
+            raise
+        return self.publish(map, owners)
+
+    cdef int fill(self, const uint64_t[::1] addresses, const uint8_t[:, ::1] pages) except -1:
+        """Make an empty memory one of read-only pages, in one step: ``addresses`` are sorted and aligned to the pages,
+        ``pages`` stays as it is and where it is while this memory lives."""
+        cdef uint32_t i, count = <uint32_t>addresses.shape[0]
+        cdef region_map_t *map
+        held = _BufferBacking(pages, True)
+        owners = [held] * count
+        map = new_map(count)
+        if map == NULL:
+            raise MemoryError("region list")
+        for i in range(count):
+            map.regions[i].start = addresses[i]
+            map.regions[i].size = pages.shape[1]
+            map.regions[i].host = <uint8_t *>&pages[i, 0]
+            map.regions[i].readonly = 1
+        return self.publish(map, owners)
 
     def remove(self, cipa):
         """Remove the region that starts at ``cipa``; ``ValueError`` if none does or if it is in use."""
@@ -340,11 +369,11 @@ cdef class GuestMemory:
                 raise ValueError(f"no region starts at {cipa:#x}")
             if load32(&self.users):
                 raise ValueError(f"region at {cipa:#x} is in use by an engine or a running walk")
+            owners = self.owners[:at] + self.owners[at + 1:]
             map = map_without(self.c.map, at)
             if map == NULL:
                 raise MemoryError("region list")
-            del self.owners[at]
-            self.publish(map)
+            self.publish(map, owners)
 
     cdef uint8_t *piece(self, uint64_t cipa, size_t wanted, bint writing, size_t *length) except NULL:
         """Host address of ``cipa`` and how many of the ``wanted`` bytes are there."""

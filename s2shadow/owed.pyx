@@ -6,10 +6,11 @@ whole stage 1 of each context that it touched: combined entries survive an inval
 IPAS2E1). When the queue is full it collapses to one VMALLS12 for each VMID that has rows.
 """
 
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport free
 from libc.string cimport memcpy, memmove, memset
 
 from s2shadow.table cimport pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock
+from s2shadow.vmem cimport allocate
 
 cdef enum:
     CAPACITY = 8192
@@ -20,10 +21,10 @@ cdef bint owed_init(owed_t *owed, uint32_t contexts, bint track) noexcept nogil:
     owed.vmids = contexts + FIRST_CONTEXT_VMID
     owed.track = track
     owed.capacity = CAPACITY if contexts * 2 < CAPACITY else contexts * 2
-    owed.rows = <hw_tlbi_t *>calloc(owed.capacity, sizeof(hw_tlbi_t))
-    owed.whole = <uint8_t *>calloc(owed.vmids, 1)
-    owed.touched = <uint8_t *>calloc(owed.vmids, 1)
-    owed.touched_list = <uint16_t *>calloc(owed.vmids, sizeof(uint16_t))
+    owed.rows = <hw_tlbi_t *>allocate(owed.capacity, sizeof(hw_tlbi_t))
+    owed.whole = <uint8_t *>allocate(owed.vmids, 1)
+    owed.touched = <uint8_t *>allocate(owed.vmids, 1)
+    owed.touched_list = <uint16_t *>allocate(owed.vmids, sizeof(uint16_t))
     pthread_mutex_init(&owed.lock, NULL)
     return owed.rows != NULL and owed.whole != NULL and owed.touched != NULL and owed.touched_list != NULL
 

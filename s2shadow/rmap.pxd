@@ -46,6 +46,7 @@ cdef uint32_t rmap_ensure(rmap_t *rmap, uint64_t cipa, int level) noexcept nogil
 cdef void unlink_after_leaf(rmap_t *rmap, uint32_t slot) noexcept nogil
 cdef void give_marker(rmap_t *rmap, uint32_t marker) noexcept nogil
 cdef void node_less(rmap_t *rmap, uint32_t node) noexcept nogil
+cdef uint32_t rmap_next_list(const rmap_t *rmap, int level, uint64_t *cipa, uint64_t end) noexcept nogil
 cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil
 cdef void rmap_tidy(rmap_t *rmap, uint64_t cipa) noexcept nogil
 cdef void pin_node(rmap_t *rmap, uint32_t node) noexcept nogil

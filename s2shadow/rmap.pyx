@@ -2,13 +2,13 @@
 
 from libc.string cimport memset
 
-from s2shadow.arch cimport FINAL_LEVEL, level_shift
+from s2shadow.arch cimport FINAL_LEVEL, level_shift, level_span
 from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
 from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
 )
-from s2shadow.vmem cimport prefer_huge, release, reserve
+from s2shadow.vmem cimport prefer_huge, refused, release, reserve
 
 cdef enum:
     SMALLEST_RMAP = 1024        # nodes; below this the reservation gives up
@@ -48,6 +48,8 @@ cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
             while level_shift(arena.granule_bits, level) + arena.slot_bits < input_bits:
                 level -= 1
             rmap.root = take_node(rmap, level)
+            if not rmap.root:
+                return False
             rmap.nodes[rmap.root].level = <int8_t>level
             rmap.root_level = <int8_t>level
             return True
@@ -76,7 +78,7 @@ cdef uint32_t take_node(rmap_t *rmap, int level) noexcept nogil:
     node = rmap.free_node
     if node:
         rmap.free_node = rmap.nodes[node].next_free
-    elif rmap.next_node < rmap.node_limit:
+    elif rmap.next_node < rmap.node_limit and not refused():
         node = rmap.next_node
         rmap.next_node += 1
     pthread_mutex_unlock(&rmap.lock)
@@ -156,7 +158,7 @@ cdef void unlink_after_leaf(rmap_t *rmap, uint32_t slot) noexcept nogil:
 cdef uint32_t take_marker(rmap_t *rmap, uint32_t head) noexcept nogil:
     """A marker that knows ``head``, or 0 (exclusive side)."""
     cdef uint32_t marker = rmap.free_marker
-    if not marker and rmap.next_marker == marker_count(rmap):
+    if not marker and (rmap.next_marker == marker_count(rmap) or refused()):
         return 0
     if not arena_charge(rmap.arena, &rmap.arena.rmap_bytes, MARKER_BYTES):
         return 0
@@ -232,3 +234,25 @@ cdef void pin_node(rmap_t *rmap, uint32_t node) noexcept nogil:
 cdef void unpin_node(rmap_t *rmap, uint32_t node) noexcept nogil:
     """Let go of a node; it is freed if it is empty."""
     node_less(rmap, node)
+
+
+cdef uint32_t rmap_next_list(const rmap_t *rmap, int level, uint64_t *cipa, uint64_t end) noexcept nogil:
+    """The first list of ``level`` that is not empty and whose block reaches beyond ``cipa`` and starts below ``end``: its
+    head, and its block's start in ``cipa``; or 0. What is not there is stepped over as a whole."""
+    cdef uint32_t node, name, mask = (<uint32_t>1 << rmap.arena.slot_bits) - 1
+    cdef uint64_t span
+    while cipa[0] < end:
+        node = rmap.root
+        name = entry_name(rmap, node, cipa[0])
+        while rmap.nodes[node].level < level and load32(rmap.children + name):
+            node = load32(rmap.children + name)
+            name = entry_name(rmap, node, cipa[0])
+        span = level_span(rmap.arena.granule_bits, rmap.nodes[node].level)
+        cipa[0] &= ~(span - 1)
+        while rmap.nodes[node].level == level and name & mask != mask and not load32(rmap.heads + name):
+            name += 1
+            cipa[0] += span
+        if rmap.nodes[node].level == level and load32(rmap.heads + name):
+            return name if cipa[0] < end else 0
+        cipa[0] += span
+    return 0

@@ -7,6 +7,7 @@ from libc.stdint cimport int64_t, int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
 from s2shadow.atomics cimport bump16, fetch_add16, load64, peek64, store64
+from s2shadow.pageset cimport pageset_t
 
 cdef enum:
     SLOT_LIMIT_BITS = 31        # bit 31 of a link tags a reverse-map head
@@ -55,10 +56,12 @@ ctypedef struct arena_t:
     uint32_t next_page          # pages from here on were never used
     uint32_t free_page          # head of the free list; free pages are zero
     uint32_t free_pages
+    pageset_t leaf_tables       # shadow tables of the last level: what eviction takes in turn
     uint64_t freed              # counts pages given back: what was remembered of tables may be wrong
     uint8_t granule_bits
     uint8_t slot_bits
     uint8_t alone               # one vCPU: nobody else is on the shared side, and counters need no locked instruction
+    uint8_t room_made           # the exclusive side saw to it that all that it will take is there
     uint8_t keeps_links         # shadow leaves have links (reverse map) or a cIPA (none) beside them
     pthread_mutex_t lock
 

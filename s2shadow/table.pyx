@@ -6,7 +6,8 @@ from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
 from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, peek64, prefetch, store64
-from s2shadow.vmem cimport prefer_huge, release, reserve
+from s2shadow.pageset cimport pageset_add, pageset_destroy, pageset_init, pageset_remove
+from s2shadow.vmem cimport prefer_huge, refused, release, reserve
 
 cdef extern from "sched.h" nogil:
     int sched_yield()
@@ -21,6 +22,7 @@ cdef void arena_unmap(arena_t *arena) noexcept nogil:
     release(arena.words, slots * 8)
     release(arena.links, <uint64_t>arena.marker_limit * 8)
     release(arena.pages, arena.page_limit * sizeof(page_t))
+    pageset_destroy(&arena.leaf_tables)
     arena.words = NULL
     arena.links = NULL
     arena.pages = NULL
@@ -46,7 +48,8 @@ cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, ui
         arena.words = <uint64_t *>reserve((<uint64_t>arena.page_limit << arena.slot_bits) * 8)
         arena.links = <uint64_t *>reserve(<uint64_t>arena.marker_limit * 8)
         arena.pages = <page_t *>reserve(arena.page_limit * sizeof(page_t))
-        if arena.words != NULL and arena.links != NULL and arena.pages != NULL:
+        if (arena.words != NULL and arena.links != NULL and arena.pages != NULL
+                and pageset_init(&arena.leaf_tables, arena.page_limit)):
             pthread_mutex_init(&arena.lock, NULL)
             prefer_huge(arena.words, (<uint64_t>arena.page_limit << arena.slot_bits) * 8)
             prefer_huge(arena.links, <uint64_t>arena.marker_limit * 8)
@@ -64,6 +67,8 @@ cdef void arena_destroy(arena_t *arena) noexcept nogil:
 
 cdef bint arena_charge(arena_t *arena, uint64_t *account, uint64_t bytes) noexcept nogil:
     """Take ``bytes`` from the bound; False, and nothing taken, if they are not there."""
+    if arena.max_bytes and not arena.room_made and refused():
+        return False
     if arena.max_bytes and fetch_add64(&arena.used_bytes, bytes) + bytes > arena.max_bytes:
         fetch_add64(&arena.used_bytes, -bytes)
         return False
@@ -100,7 +105,7 @@ cdef uint32_t take_page(arena_t *arena) noexcept nogil:
     if page:
         arena.free_page = arena.pages[page].next_free
         arena.free_pages -= 1
-    elif arena.next_page < arena.page_limit:
+    elif arena.next_page < arena.page_limit and (arena.room_made or not refused()):
         page = arena.next_page
         arena.next_page += 1
     pthread_mutex_unlock(&arena.lock)
@@ -113,6 +118,8 @@ cdef uint32_t take_page(arena_t *arena) noexcept nogil:
 
 cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
     """Take back a page whose words are zero."""
+    if arena.pages[page].level == FINAL_LEVEL:
+        pageset_remove(&arena.leaf_tables, page)
     if arena.pages[page].has_links:
         arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
     memset(&arena.pages[page], 0, sizeof(page_t))
@@ -128,7 +135,7 @@ cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
 cdef uint32_t reserve_root(arena_t *arena) noexcept nogil:
     """The first of ROOT_PAGES aligned pages, or 0. Roots stay for the life of the arena; an empty one costs nothing."""
     cdef uint32_t root = arena.next_page
-    if root + ROOT_PAGES > arena.page_limit:
+    if root + ROOT_PAGES > arena.page_limit or refused():
         return 0
     arena.next_page += ROOT_PAGES
     return root
@@ -216,6 +223,8 @@ cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int lev
     meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
     if cas64(arena.words + slot, &seen, table_desc(arena, page)):
         entry_added(arena, page_of(arena, slot))
+        if meta.level == FINAL_LEVEL and meta.context != CANONICAL:
+            pageset_add(&arena.leaf_tables, page)
         return True
     give_page(arena, page)
     return False

@@ -188,9 +188,12 @@ ctypedef struct vm_t:
     uint64_t unknown_unmaps     # contexts emptied because an interval map did not know better
     uint64_t recycled
     uint64_t evictions
+    uint64_t evict_looked       # leaf tables that evictions looked at
     uint64_t canonical_leaves
     tlbi_counts_t tlbis[5]      # by tlbi_class_t
-    uint32_t evict_hand
+    uint32_t evict_hand         # the leaf table that was evicted last
+    uint32_t context_hand       # the context that eviction took leaves of last
+    uint64_t all_cold_empty     # the clock when no context without references held anything
     uint64_t guest_clock        # changes with every TLBI and every change of L1's memory that is made under the lock
 
 

@@ -24,6 +24,7 @@ from s2shadow.memory cimport (
     word_elsewhere,
 )
 from s2shadow.pace cimport pace_next, pace_start, pace_t
+from s2shadow.vmem cimport refused as allocation_refused
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
 
@@ -826,7 +827,9 @@ cdef int collect_table(mem_view_t *view, const s2_config_t *config, uint64_t tab
             return -1
         if into.count == into.capacity:
             into.capacity = into.capacity * 2 if into.capacity else 1024
-            grown = realloc(into.rows, into.capacity * sizeof(leaf_t))
+            grown = NULL
+            if not allocation_refused():
+                grown = realloc(into.rows, into.capacity * sizeof(leaf_t))
             if grown == NULL:
                 return -2
             into.rows = <leaf_t *>grown
