@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import attacks
 import cases
 import instructions
 import report
@@ -311,3 +312,14 @@ def test_a_page_says_what_is_missing(tmp_path, capsys):
     (tmp_path / "instructions.json").write_text(json.dumps(FIGURES))
     assert report.main([str(tmp_path)]) == 0
     assert "`benchmarks.json` is missing" in (tmp_path / "README.md").read_text()
+
+
+def test_attacks(tmp_path):
+    """Every attack and every event, with few leaves: the tables have a row for each."""
+    page = tmp_path / "attacks.md"
+    assert attacks.main(["--small", "--markdown", str(page)]) == 0
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(attacks.ATTACKS) + 7
+    bounded = [row.split(" | ") for row in rows if row.count("MiB") == 2]
+    assert len(bounded) == 4
+    assert all(float(row[-3].split()[0]) <= float(row[-2].split()[0]) for row in bounded)

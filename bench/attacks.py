@@ -1,0 +1,331 @@
+"""What an L1 that means harm can make L0 spend: time for each fault all along, bytes, and how long others wait.
+
+    python bench/attacks.py --markdown bench/results/attacks.md     # ten minutes, 1 GiB of memory
+    python bench/attacks.py --small                                 # seconds
+
+L1's tables here are five pages: each entry of a level points to the one table below, and each entry of the last to one
+data page, so that every address of 48 bits is an alias of it. Times are of batches of faults, in order; *first*,
+*middle* and *last* are the medians of the first, the fifth and the last tenth of the batches. An attack works if time
+or bytes grow while it goes on. (The first tenth touches memory that the system has yet to give.)
+"""
+
+import argparse
+import datetime
+import platform
+import statistics
+import sys
+import threading
+from pathlib import Path
+from time import perf_counter_ns
+
+import numpy as np
+
+import s2shadow as s2
+from nest import HCR, VTCR
+
+PAGE, BLOCK, GIB = 4 << 10, 2 << 20, 1 << 30
+DATA, TABLES = 1 << 40, 1 << 44
+HOST = 1 << 42
+BATCH = 256
+
+
+def u64(values):
+    return np.asarray(values, dtype=np.uint64)
+
+
+def endless_tables(address, target, level=3):
+    """Tables of L1 under which every IPA of 48 bits leads to ``target``, by leaves of ``level``."""
+    image = np.zeros((4, PAGE // 8), dtype=np.uint64)
+    for at in range(level):
+        image[at] = address + (at + 1) * PAGE | 3
+    image[level] = target | 0x3C | 3 << 6 | 3 << 8 | 1 << 10 | (3 if level == 3 else 1)
+    return image.reshape(-1)
+
+
+class Victim:
+    """An engine, L1's endless tables for pages and for blocks, and a host that maps what they lead to."""
+
+    def __init__(self, *, level=3, contexts=2, vcpus=2, **options):
+        self.mem = s2.GuestMemory()
+        self.mem.add(DATA, 2 * GIB)
+        self.images = [endless_tables(TABLES, DATA, level), endless_tables(TABLES + BLOCK, DATA + GIB)]
+        for n, image in enumerate(self.images):
+            self.mem.add(TABLES + n * BLOCK, buffer=image)
+        self.vm = s2.NestedVM(self.mem, vcpus=vcpus, contexts=contexts, track_tlbis=False, **options)
+        self.vm.host.map(DATA, HOST + (PAGE if level == 3 else 0), BLOCK)       # by pages, or as one block
+        self.vm.host.map(DATA + GIB, HOST + GIB, BLOCK)
+        for n, vcpu in enumerate(self.vm.vcpus):
+            self.load(vcpu, 1 + n)
+
+    def load(self, vcpu, vmid, tables=0):
+        return vcpu.load(TABLES + tables * BLOCK | vmid << 48, VTCR[4], hcr=HCR)
+
+    def touch(self, ipas, access=s2.READ, vcpu=0):
+        """Faults in batches: nanoseconds per fault of each batch."""
+        spent = []
+        for at in range(0, len(ipas), BATCH):
+            part = ipas[at : at + BATCH]
+            began = perf_counter_ns()
+            got = self.vm.vcpus[vcpu].fault_many(part, access)
+            spent.append((perf_counter_ns() - began) / len(part))
+            assert ((got["kind"] == s2.MAPPED) | (got["kind"] == s2.HIT)).all()
+        return spent
+
+
+def growth(spent):
+    """Medians of the first, the fifth and the last tenth."""
+    tenth, middle = max(1, len(spent) // 10), len(spent) * 4 // 10
+    return [statistics.median(part) for part in (spent[:tenth], spent[middle : middle + tenth], spent[-tenth:])]
+
+
+def attack(name, spent, vm, operations, bound=None):
+    first, middle, last = growth(spent)
+    stats = vm.stats
+    vm.check()
+    return {
+        "name": name, "operations": operations, "first": first, "middle": middle, "last": last,
+        "live": stats.live, "bytes": stats.memory_bytes, "bound": bound, "evictions": stats.evictions,
+    }
+
+
+# The attacks. ``count``: how many leaves, loads or operations.
+
+
+def alias_one_context(count):
+    v = Victim()
+    spent = v.touch(u64(np.arange(count)) * u64(PAGE))
+    assert v.vm.stats.live == count
+    return v, attack("one page at so many addresses of one context", spent, v.vm, count)
+
+
+def alias_many_contexts(count, contexts=64):
+    v = Victim(contexts=contexts + 1, vcpus=contexts)
+    spent = []
+    ipas = u64(np.arange(count // contexts)) * u64(PAGE)
+    for vcpu in range(contexts):
+        spent += v.touch(ipas, vcpu=vcpu)
+    assert v.vm.stats.live == len(ipas) * contexts
+    return v, attack(f"one page in {contexts} contexts", spent, v.vm, len(ipas) * contexts)
+
+
+def scattered_pages(count):
+    """Every fault needs three tables of its own."""
+    bound = 16 << 20
+    v = Victim(max_table_bytes=bound)
+    ipas = u64(np.random.default_rng(1).integers(0, 1 << 36, count)) * u64(PAGE)
+    return v, attack("pages all over the address space, at the bound", v.touch(ipas), v.vm, count, bound)
+
+
+def scattered_pages_over_host_tables(count):
+    """The host's own tables are most of the arena."""
+    bound = 96 << 20
+    v = Victim(max_table_bytes=bound)
+    for n in range(1 << 14):                # one table page each
+        v.vm.host.map((1 << 45) + n * BLOCK, HOST + PAGE, PAGE)
+    ipas = u64(np.random.default_rng(2).integers(0, 1 << 36, count)) * u64(PAGE)
+    name = "the same between 16,384 of the host's own tables"
+    return v, attack(name, v.touch(ipas), v.vm, count, bound)
+
+
+def scattered_blocks(count):
+    """Blocks stand in upper tables: no leaf table is there to evict."""
+    bound = 16 << 20
+    v = Victim(level=2, max_table_bytes=bound)
+    ipas = u64(np.random.default_rng(3).integers(0, 1 << 27, count)) * u64(BLOCK)
+    return v, attack("blocks all over the address space, at the bound", v.touch(ipas), v.vm, count, bound)
+
+
+def churn_contexts(count):
+    """Each load is another VMID than those that the pool holds, with a few leaves of its own."""
+    bound = 16 << 20
+    v = Victim(contexts=8, max_table_bytes=bound)
+    ipas = u64([0, PAGE, GIB, 37 * GIB])
+    vcpu, spent = v.vm.vcpus[0], []
+    for at in range(0, count, BATCH):
+        began = perf_counter_ns()
+        for n in range(at, min(at + BATCH, count)):
+            v.load(vcpu, 10 + n % 60000)
+            vcpu.fault_many(ipas)
+        spent.append((perf_counter_ns() - began) / BATCH)
+    return v, attack("another VMID at every entry (load and four faults)", spent, v.vm, count, bound)
+
+
+def flood_tlbis(count):
+    """An operation by IPA and the fault that brings the leaf back, among 2^18 leaves."""
+    v = Victim()
+    v.touch(u64(np.arange(1 << 18)) * u64(PAGE))
+    rng = np.random.default_rng(4)
+    spent = []
+    ops = np.zeros(BATCH, s2.TLBI_OP_DTYPE)
+    ops["insn"] = 0xD50C8020                # IPAS2E1IS
+    for _ in range(0, count, BATCH):
+        pages = u64(rng.integers(0, 1 << 18, BATCH))
+        ops["xt"] = pages
+        began = perf_counter_ns()
+        v.vm.tlbi_many(ops)
+        v.vm.vcpus[0].fault_many(pages * u64(PAGE))
+        spent.append((perf_counter_ns() - began) / BATCH)
+    return v, attack("a TLBI and its refault, among 262,144 leaves", spent, v.vm, count)
+
+
+def edit_tables(count):
+    """L1 turns a leaf from one page to another under the same address, and never says so."""
+    v = Victim()
+    image, spent = v.images[0], []
+    rng = np.random.default_rng(5)
+    for n in range(0, count, BATCH):
+        image[3 * (PAGE // 8) :] = DATA + n % 512 * PAGE | 0x3C | (1 + 2 * (n % 2)) << 6 | 3 << 8 | 1 << 10 | 3
+        ipas = u64(rng.integers(0, 1 << 14, BATCH)) * u64(PAGE)
+        began = perf_counter_ns()
+        v.vm.vcpus[0].fault_many(ipas, s2.WRITE if n % 2 else s2.READ)
+        spent.append((perf_counter_ns() - began) / BATCH)
+    return v, attack("table edits without a TLBI", spent, v.vm, count)
+
+
+ATTACKS = (
+    (alias_one_context, 1 << 20, 1 << 13),
+    (alias_many_contexts, 1 << 20, 1 << 13),
+    (scattered_pages, 1 << 18, 1 << 12),
+    (scattered_pages_over_host_tables, 1 << 18, 1 << 12),
+    (scattered_blocks, 1 << 18, 1 << 13),
+    (churn_contexts, 1_000_000, 1 << 10),
+    (flood_tlbis, 1 << 20, 1 << 12),
+    (edit_tables, 1 << 20, 1 << 12),
+)
+
+
+# What the host does to the page with all the aliases, and who has to wait
+
+
+class Bystander:
+    """A vCPU in another context, whose faults have nothing to do with it: how long each of its calls took."""
+
+    def __init__(self, victim, vcpu):
+        self.vcpu = vcpu
+        victim.load(vcpu, 60001, tables=1)
+        self.ipas = u64(np.arange(32)) * u64(PAGE)
+        self.vcpu.fault_many(self.ipas)
+        self.waits, self.stop = [], threading.Event()
+        self.thread = threading.Thread(target=self.run)
+
+    def run(self):
+        out = np.zeros(len(self.ipas), s2.FAULT_DTYPE)
+        while not self.stop.is_set():
+            began = perf_counter_ns()
+            self.vcpu.fault_many(self.ipas, s2.READ, out=out)
+            self.waits.append(perf_counter_ns() - began)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+
+
+def host_events(victim, vcpu):
+    """Each change of the aliased page, timed, with a bystander's longest and its usual call beside it."""
+    vm, end = victim.vm, DATA + PAGE
+    everything = u64(np.arange(vm.stats.live)) * u64(PAGE)
+    events = (
+        ("age", lambda: vm.age(DATA, end)),
+        ("protect (takes W)", lambda: vm.host.protect(DATA, end, "rx")),
+        ("protect (gives it back)", lambda: vm.host.protect(DATA, end, "rwx")),
+        ("log_dirty", lambda: vm.log_dirty(DATA, end)),
+        ("dirty_log after a write", lambda: vm.dirty_log(DATA, end)),
+        ("map over it", lambda: vm.host.map(DATA, HOST + 5 * PAGE, PAGE)),
+        ("unmap", lambda: vm.unmap(DATA, end)),
+    )
+    for name, event in events:
+        if name in ("log_dirty", "unmap"):  # it has all its leaves again
+            victim.touch(everything, s2.WRITE)
+        if name.startswith("dirty_log"):
+            victim.touch(everything, s2.WRITE)
+        live = vm.stats.live
+        with Bystander(victim, vcpu) as bystander:
+            while len(bystander.waits) < 50:
+                pass
+            before = len(bystander.waits)
+            began = perf_counter_ns()
+            event()
+            spent = perf_counter_ns() - began
+            after = len(bystander.waits)
+        during = bystander.waits[before : after + 1]
+        vm.check()
+        yield {"name": name, "leaves": live, "ns": spent, "longest": max(during), "calls": len(during),
+               "usual": statistics.median(bystander.waits[:before])}
+
+
+def run(small):
+    rows, events = [], []
+    sys.setswitchinterval(1e-5)             # whoever comes out of the engine gets the GIL soon
+    for call, full, little in ATTACKS:
+        victim, row = call(little if small else full)
+        print(f"{row['name']}: {row['first']:.0f} -> {row['last']:.0f} ns", file=sys.stderr)
+        rows.append(row)
+        if call is alias_one_context:
+            events = list(host_events(victim, victim.vm.vcpus[1]))
+        del victim
+    return rows, events
+
+
+def megabytes(count):
+    return f"{count / (1 << 20):.1f} MiB"
+
+
+COMMAND = "python bench/attacks.py --markdown bench/results/attacks.md"
+ATTACKS_TEXT = """Nanoseconds per operation, medians of the first, the fifth and the last tenth (the first touches
+memory that the system has yet to give); bytes of tables, links and reverse map.
+
+| attack | operations | first | middle | last | last / first | leaves | bytes | bound | evictions |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
+EVENTS_TEXT = """What the host then does to the page that has all the aliases, in chunks; and a vCPU of another context,
+which touches 32 pages of its own in a loop meanwhile: its longest call during the event, and its usual one.
+
+| event | leaves | time | per leaf | longest call beside | usual call | calls beside |
+|---|---:|---:|---:|---:|---:|---:|"""
+
+
+def markdown(rows, events):
+    machine = f"{processor()}, Python {platform.python_version()}"
+    yield "# Attacks on resources\n"
+    yield f"Measured {datetime.date.today():%d %B %Y} on {machine}, shared with other work, by"
+    yield f"\n    {COMMAND}\n\n`bench/attacks.py` says what each does. {ATTACKS_TEXT}"
+    for row in rows:
+        times = " | ".join(f"{row[name]:,.0f}" for name in ("first", "middle", "last"))
+        held = f"{row['live']:,} | {megabytes(row['bytes'])} | {megabytes(row['bound']) if row['bound'] else 'none'}"
+        ratio = row["last"] / row["first"]
+        yield f"| {row['name']} | {row['operations']:,} | {times} | {ratio:.2f} | {held} | {row['evictions']:,} |"
+    yield f"\n{EVENTS_TEXT}"
+    for row in events:
+        each = row["ns"] / row["leaves"]
+        beside = f"{row['longest'] / 1e6:,.2f} ms | {row['usual'] / 1e3:,.1f} us | {row['calls']:,}"
+        yield f"| {row['name']} | {row['leaves']:,} | {row['ns'] / 1e6:,.2f} ms | {each:,.0f} ns | {beside} |"
+
+
+def processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {len(names)} CPUs"
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="few operations: to see that it works")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there instead of to stdout")
+    args = parser.parse_args(argv)
+    rows, events = run(args.small)
+    text = "\n".join(markdown(rows, events)) + "\n"
+    if args.markdown:
+        args.markdown.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""What an L1 can make L0 spend: bytes, leaves and steps are counted here; times are in ``bench/attacks.py``."""
+
+import threading
+
+import numpy as np
+import pytest
+
+import s2shadow
+from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables, flags
+from s2shadow import HIT, HOST_FAULT, MAPPED, READ, RETRY, WRITE
+
+MANY = 10_000  # more leaves than two sections drop or change
+BLOCK = 2 * M
+TOGETHER = np.arange(MANY, dtype=np.uint64)
+
+
+def aliased(count=MANY, size=PAGE, **options):
+    """One page or block of DATA under ``count`` nested addresses, all of them writable leaves."""
+    r = Rig(**options)
+    r.tables.next = RAM + 8 * M
+    target, level = (DATA, 3) if size == PAGE else (RAM + 2 * M, 2)
+    for n in range(count):
+        r.tables.map(n * size, target, level)
+    r.touch = np.arange(count, dtype=np.uint64) * size
+    assert (r.vcpu.fault_many(r.touch, WRITE)["kind"] == MAPPED).all()
+    return r
+
+
+def perms(r):
+    return set(r.shadow()["perm"].tolist())
+
+
+# More aliases than one section should touch
+
+
+def test_protect_aliases():
+    """All are narrowed, none is dropped, and they come back."""
+    r = aliased()
+    assert r.vm.host.protect(DATA, DATA + PAGE, "rx").leaves == 0
+    assert len(r.shadow()) == MANY and perms(r) == {0x25}
+    r.vm.check()
+    assert (r.vcpu.fault_many(r.touch, WRITE)["kind"] == HOST_FAULT).all()
+    r.vm.host.protect(DATA, DATA + PAGE, "rwx")
+    assert (r.vcpu.fault_many(r.touch, WRITE)["kind"] == MAPPED).all()
+    r.vm.check()
+
+
+def test_protect_part_of_aliased_block():
+    """A block that is split under ten thousand shadows of it: they go."""
+    r = aliased(size=BLOCK)
+    assert r.vm.host.protect(DATA, DATA + PAGE, "r").leaves == MANY
+    r.vm.check()
+    assert (r.vcpu.fault_many(r.touch, READ)["kind"] == MAPPED).all()
+    assert perms(r) == {1}
+    r.vm.check()
+
+
+def test_protect_small_leaves_of_a_block():
+    """A part of a host block is taken W from, under ten thousand pages that lie inside that part."""
+    r = aliased()
+    assert r.vm.host.protect(DATA, DATA + 2 * PAGE, "r").leaves == 0
+    assert perms(r) == {1} and len(r.shadow()) == MANY
+    r.vm.check()
+
+
+def test_log_aliases():
+    """A page that is logged: no alias keeps W, each write marks it, none is lost."""
+    r = aliased()
+    assert r.vm.log_dirty(RAM, RAM + RAM_SIZE).leaves == 0
+    assert perms(r) == {0x25}
+    r.vm.check()
+    for _ in range(2):
+        assert (r.vcpu.fault_many(r.touch, WRITE)["kind"] == MAPPED).all()
+        assert perms(r) == {0x27}
+        r.vm.check()
+        assert flags(r.vm.dirty_log(DATA, DATA + 4 * PAGE), 4) == [True, False, False, False]
+        assert perms(r) == {0x25}
+        r.vm.check()
+    assert not r.vm.dirty_log(RAM, RAM + RAM_SIZE).any()
+
+
+def test_write_to_logged_block():
+    """The fault splits the host's block and drops every shadow of the whole."""
+    r = aliased(size=BLOCK)
+    r.vm.log_dirty(RAM, RAM + RAM_SIZE)
+    f = r.fault(5 * PAGE, WRITE)
+    assert (f.kind, f.size, f.pa) == (MAPPED, PAGE, HOST + DATA + 5 * PAGE)
+    assert r.leaves() == [(5 * PAGE, DATA + 5 * PAGE, PAGE)]
+    assert flags(r.vm.dirty_log(DATA, DATA + 8 * PAGE), 8) == [n == 5 for n in range(8)]
+    r.vm.check()
+
+
+def test_age_aliases():
+    r = aliased()
+    r.vm.host.protect(DATA, DATA + PAGE, "rw")  # a page of its own
+    r.vm.age(RAM, RAM + RAM_SIZE)
+    assert not r.shadow()["young"].any()
+    r.vcpu.fault(int(r.touch[17]))
+    assert flags(r.vm.test_young(DATA, DATA + 2 * PAGE), 2) == [True, False]
+    assert flags(r.vm.age(DATA, DATA + 2 * PAGE), 2) == [True, False]
+    assert not r.shadow()["young"].any() and not r.vm.test_young(RAM, RAM + RAM_SIZE).any()
+    r.vm.check()
+
+
+@pytest.mark.parametrize("size", [PAGE, BLOCK])
+def test_remap_aliases(size):
+    """Another page of the host's in its place: every shadow goes, and is counted."""
+    r = aliased(size=size)
+    assert r.vm.host.map(DATA, HOST, size).leaves == MANY
+    assert len(r.shadow()) == 0
+    assert (r.vcpu.fault_many(r.touch, READ)["pa"] == HOST).all()
+    r.vm.check()
+
+
+def test_replace_a_gigabyte():
+    """L1 puts a block where ten thousand pages are: one fault, and they are gone."""
+    mem = s2shadow.GuestMemory()
+    mem.add(0, 4 * G)
+    vm = s2shadow.NestedVM(mem)
+    vm.host.map(0, 1 << 40, 4 * G)
+    tables = Tables(mem.read64, mem.write64, 3 * G)
+    tables.map_range(0, G, MANY * PAGE)
+    vm.vcpus[0].load(tables.vttbr(), tables.vtcr)
+    assert (vm.vcpus[0].fault_many(TOGETHER * PAGE)["kind"] == MAPPED).all()
+    tables.set(tables.slot(0, 1), tables.leaf(2 * G, 1))
+    f = vm.vcpus[0].fault(MANY * PAGE)
+    assert (f.kind, f.size, f.cipa) == (MAPPED, G, 2 * G + MANY * PAGE)
+    assert vm.stats.live == 1 and vm.stats.replaced == 1
+    vm.check()
+
+
+@pytest.mark.parametrize("teardown", ["reverse-map", "interval-map"])
+def test_faults_go_on_beside(teardown):
+    """While ten thousand aliases are narrowed and aged, a vCPU elsewhere is served; in the range it hears RETRY at
+    most, and what it is let do is what the host allows then."""
+    r = aliased(vcpus=2, contexts=4, teardown=teardown)
+    other = r.new_tables()
+    other.map(0, DATA + 4 * M)
+    other.map(PAGE, DATA)
+    r.load(7, other, n=1)
+    stop, kinds = threading.Event(), {0: set(), PAGE: set()}
+
+    def beside():
+        while not stop.is_set():
+            for ipa, seen in kinds.items():
+                seen |= set(r.vm.vcpus[1].fault_many(np.full(20, ipa, np.uint64), WRITE)["kind"].tolist())
+                r.vm.vcpus[1].tlbi("IPAS2E1IS", ipa >> 12)
+
+    thread = threading.Thread(target=beside)
+    thread.start()
+    for n in range(20):
+        r.vm.host.protect(DATA, DATA + PAGE, "rx" if n % 2 else "rwx")
+        r.vm.age(DATA, DATA + PAGE)
+    stop.set()
+    thread.join()
+    assert kinds[0] <= {HIT, MAPPED} and kinds[0]
+    assert kinds[PAGE] <= {HIT, MAPPED, HOST_FAULT, RETRY}
+    r.vm.check()
+    assert not (r.shadow()["perm"] & 2).any()
+
+
+def test_leaves_go_while_they_are_narrowed():
+    """L1 invalidates the very leaves that are being narrowed: none keeps W, none is lost from the books."""
+    r = aliased(vcpus=2, contexts=4)
+    r.load(1, n=1)
+    stop = threading.Event()
+
+    def churn():
+        rng = np.random.default_rng(1)
+        while not stop.is_set():
+            for ipa in rng.choice(r.touch, 50):
+                r.vm.vcpus[1].tlbi("IPAS2E1IS", int(ipa) >> 12)
+            r.vm.vcpus[1].fault_many(rng.choice(r.touch, 200), READ)
+
+    thread = threading.Thread(target=churn)
+    thread.start()
+    for n in range(30):
+        r.vm.host.protect(DATA, DATA + PAGE, "rwx" if n % 2 else "r")
+        r.vcpu.fault_many(r.touch, WRITE)
+        if n % 2 == 0:
+            assert not (r.shadow()["perm"] & 2).any()
+        r.vm.age(DATA, DATA + PAGE)
+        r.vm.check()
+    stop.set()
+    thread.join()
+    r.vm.check()
+    r.vm.unmap(DATA, DATA + PAGE)
+    assert r.vm.stats.live == 0
+
+
+# Bytes
+
+
+def assert_bounded(r, limit):
+    assert r.vm.stats.memory_bytes <= limit
+
+
+@pytest.mark.parametrize("teardown", ["reverse-map", "interval-map", "blow-away", "blow-away-lean"])
+def test_scattered_pages_under_a_bound(teardown):
+    """Each access takes tables of its own: as many evictions as it needs, never more bytes, never a refusal."""
+    limit = 700 * K
+    r = Rig(max_table_bytes=limit, teardown=teardown, contexts=2)
+    r.tables.next = RAM + 8 * M
+    ipas = [(n * 37 % 512) * G + (n * 11 % 512) * 2 * M for n in range(600)]
+    for ipa in ipas:
+        r.tables.map(ipa, DATA + ipa // (2 * M) % 512 * PAGE)
+        assert r.fault(ipa, WRITE).kind == MAPPED
+        assert_bounded(r, limit)
+    assert r.vm.stats.evictions > 100
+    r.vm.check()
+
+
+def test_scattered_blocks_under_a_bound():
+    """Blocks stand in upper tables, which no eviction of leaf tables frees."""
+    limit = 400 * K
+    r = Rig(max_table_bytes=limit, contexts=1)
+    r.tables.next = RAM + 8 * M
+    for n in range(400):
+        r.tables.map(n * G, RAM + 2 * M, 2)
+        assert r.fault(n * G).kind == MAPPED
+        assert_bounded(r, limit)
+    assert r.vm.stats.evictions > 2
+    r.vm.check()
+
+
+def test_churn_of_contexts_under_a_bound():
+    """Each load is another VMID: what is cold goes, the pool and the bytes stay as they are."""
+    limit = 900 * K
+    r = Rig(max_table_bytes=limit, contexts=4)
+    r.tables.map_range(0, DATA, 64 * PAGE)
+    for n in range(2000):
+        r.load(1 + n % 255)
+        for ipa in (0, n % 64 * PAGE):
+            assert r.fault(ipa).kind in (HIT, MAPPED)
+        assert_bounded(r, limit)
+        assert len(r.vm.contexts) <= 4
+    r.vm.check()
+
+
+def test_cold_contexts_go_first():
+    """At the bound the contexts that nobody runs on pay before the one in use does."""
+    r = Rig(max_table_bytes=1200 * K, contexts=4)
+    r.tables.next = RAM + 8 * M
+    for vmid in (2, 3, 4):
+        r.load(vmid)
+        for n in range(20):
+            r.tables.map(n * 2 * M, DATA + n * PAGE)
+            r.fault(n * 2 * M)
+    r.load(1)
+    n = 0
+    while r.vm.stats.live == 60 + n:
+        r.tables.map(n * 2 * M, DATA + n * PAGE)
+        r.fault(n * 2 * M)
+        n += 1
+    mine = next(c for c in r.vm.contexts if c.vmid == 1)
+    assert mine.entries == n
+    r.vm.check()
+
+
+def test_eviction_looks_at_few():
+    """Thousands of the host's own tables between the shadows': an eviction does not go through them."""
+    r = Rig(host=False, max_table_bytes=24 * M)
+    for n in range(4096):
+        r.vm.host.map(RAM + n * 2 * M, HOST + n * 2 * M + PAGE, PAGE)
+    r.tables.next = RAM + 8 * M
+    r.vm.host.map(DATA, HOST, 64 * PAGE)
+    n = 0
+    while r.vm.stats.evictions < 300:
+        r.tables.map(n % 4096 * 2 * M, DATA + n % 64 * PAGE)
+        assert r.fault(n % 4096 * 2 * M).kind in (HIT, MAPPED)
+        n += 1
+    assert r.vm._evict_looked() <= 2 * r.vm.stats.evictions + 10
+    r.vm.check()
+
+
+def test_aliases_cost_their_own_links():
+    """Bytes grow with the leaves that live, by aliases of one page as by any others, and go with them."""
+    r = aliased(1)
+    few = r.vm.stats
+    r = aliased(MANY)
+    many = r.vm.stats
+    tables = -(-MANY // 512) + 20
+    assert many.memory_bytes - few.memory_bytes < tables * (2 * PAGE + 64) + MANY * 2
+    assert r.vm.unmap(DATA, DATA + PAGE).leaves == MANY
+    assert r.vm.stats.link_bytes == 0 and r.vm.stats.live == 0
+    r.vm.check()
