@@ -237,8 +237,8 @@ cdef void unpin_node(rmap_t *rmap, uint32_t node) noexcept nogil:
 
 
 cdef uint32_t rmap_next_list(const rmap_t *rmap, int level, uint64_t *cipa, uint64_t end) noexcept nogil:
-    """The first list of ``level`` that is not empty and whose block reaches beyond ``cipa`` and starts below ``end``: its
-    head, and its block's start in ``cipa``; or 0. What is not there is stepped over as a whole."""
+    """The first list of ``level`` that is not empty and whose block reaches beyond ``cipa`` and starts below ``end``:
+    its head, and its block's start in ``cipa``; or 0. What is not there is stepped over as a whole."""
     cdef uint32_t node, name, mask = (<uint32_t>1 << rmap.arena.slot_bits) - 1
     cdef uint64_t span
     while cipa[0] < end:

@@ -1,6 +1,6 @@
 """Memory from the system, and its refusal."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc
 
 cdef extern from *:
