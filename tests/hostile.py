@@ -676,6 +676,7 @@ class Hostile:
 
     def end(self):
         """With everything unmapped, nothing is left."""
+        self.vm.host.populate = None  # which holds on to this machine
         self.vm.unmap(BASE, BASE + self.host.pages * self.page)
         self.host.unmap(BASE, BASE + self.host.pages * self.page)
         self.verify()
