@@ -18,6 +18,7 @@ cdef extern from *:
     static inline uint64_t s2_or64(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_ACQ_REL); }
     static inline uint64_t s2_add64(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
     static inline uint32_t s2_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline uint32_t s2_peek32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
     static inline void s2_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline int s2_cas32(uint32_t *p, uint32_t *expected, uint32_t v)
     { return __atomic_compare_exchange_n(p, expected, v, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE); }
@@ -36,6 +37,7 @@ cdef extern from *:
     uint64_t fetch_or64 "s2_or64"(uint64_t *address, uint64_t value) noexcept nogil
     uint64_t fetch_add64 "s2_add64"(uint64_t *address, uint64_t value) noexcept nogil
     uint32_t load32 "s2_load32"(const uint32_t *address) noexcept nogil
+    uint32_t peek32 "s2_peek32"(const uint32_t *address) noexcept nogil
     void store32 "s2_store32"(uint32_t *address, uint32_t value) noexcept nogil
     bint cas32 "s2_cas32"(uint32_t *address, uint32_t *expected, uint32_t value) noexcept nogil
     uint32_t fetch_add32 "s2_add32"(uint32_t *address, uint32_t value) noexcept nogil

@@ -448,14 +448,20 @@ cdef bint look_ahead(mem_view_t *view, const s2_config_t *config, const uint64_t
     at is left where it is: the walk proper, which reads it anew, decides about it. False for walks that have no
     tables."""
     cdef int level = config.start_level, shift = config.start_shift - 3
-    cdef uint64_t apart = 0, table = config.base, mask = ~<uint64_t>7, desc = 0
+    cdef uint64_t apart = 0, table = config.base, mask = ~<uint64_t>7, address, desc
+    cdef const region_t *region
     cdef int64_t i
     for i in range(n):
         apart |= ipas[i] ^ ipas[0]
     if (apart | ipas[0]) >> config.ia_bits:
         return False
     while level < FINAL_LEVEL and not apart >> shift >> 3:
-        if not read_desc(view, level, table + (ipas[0] >> shift & mask), False, &desc) or not plain_table(config, desc):
+        address = table + (ipas[0] >> shift & mask)
+        region = find_tables(view, level, address)
+        if region == NULL:
+            break
+        desc = load64(<const uint64_t *>(region.host + (address - region.start)))
+        if not plain_table(config, desc):
             break
         table = desc & config.oa.mask
         mask = config.entry_mask
