@@ -58,11 +58,10 @@ def walk_4_levels_spread(measure):
     hot_walks(measure, 4, regions=30, spread=True)
 
 
-@case
-def walk_many_4_levels(measure):
-    bed = Nest(512, levels=4, regions=33)
+def batched_walks(measure, pages):
+    bed = Nest(pages, levels=4, regions=33)
     config = bed.config()
-    ipas = bed.ipas[scattered(512)]
+    ipas = bed.ipas[scattered(pages)]
     out = np.empty(1 << 13, dtype=s2.WALK_DTYPE)
 
     def prepare(n):
@@ -70,6 +69,18 @@ def walk_many_4_levels(measure):
         return lambda: len(s2.walk_many(bed.mem, config, chosen, s2.READ, out=out[:n])), n
 
     measure(prepare, 4096)
+
+
+@case
+def walk_many_4_levels(measure):
+    """All in one leaf table, as addresses in order are."""
+    batched_walks(measure, 512)
+
+
+@case
+def walk_many_4_levels_random(measure):
+    """All over 64 leaf tables."""
+    batched_walks(measure, 1 << 15)
 
 
 # --- shadow faults -----------------------------------------------------------------------------------------------
@@ -406,6 +417,44 @@ def write_protect_per_leaf(measure):
     measure(prepare, 1 << 13)
 
 
+# --- bytes -------------------------------------------------------------------------------------------------------
+
+
+FIGURES = {}
+
+
+def figure(function):
+    FIGURES[function.__name__] = function
+    return function
+
+
+@figure
 def reverse_map_bytes():
     """Bytes of heads, links and radix nodes for each 4K mapping, dense."""
     return Nest(1 << 18).fill().vm.stats.reverse_map_bytes_per_entry
+
+
+def bytes_per_mapping(bed, ipas):
+    """Of the canonical table, the shadow, links, heads and nodes, for each of some mappings."""
+    assert (bed.vm.vcpus[0].fault_many(u64(ipas), s2.READ)["kind"] == s2.MAPPED).all()
+    return bed.vm.stats.memory_bytes / len(ipas)
+
+
+@figure
+def bytes_dense():
+    bed = Nest(1 << 18)
+    return bytes_per_mapping(bed, bed.ipas)
+
+
+@figure
+def bytes_sparse():
+    """One page of each 2 MiB of IPA, anywhere in dense canonical memory."""
+    bed = Nest(1 << 18)
+    return bytes_per_mapping(bed, bed.ipas[::512])
+
+
+@figure
+def bytes_aliased():
+    """Each canonical page at eight IPAs."""
+    bed = Nest(1 << 15, aliases=8)
+    return bytes_per_mapping(bed, bed.ipas)

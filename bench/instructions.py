@@ -74,7 +74,7 @@ class Meter:
 
 def inside(requests, output, names):
     """Run the cases under valgrind; write which sizes were counted, and the figures that are no counts."""
-    from cases import CASES, reverse_map_bytes
+    from cases import CASES, FIGURES
 
     gc.disable()            # a collection would fall into one count and not into another
     meter = Meter(requests)
@@ -82,7 +82,7 @@ def inside(requests, output, names):
     # the first case twice: what the interpreter does once falls to the figure that is not kept
     for name, label in [(name, "warm-up") for name in counted[:1]] + [(name, name) for name in counted]:
         CASES[name](lambda prepare, n, label=label: meter.measure(label, prepare, n))
-    figures = {"reverse_map_bytes": reverse_map_bytes()} if "reverse_map_bytes" in names else {}
+    figures = {name: FIGURES[name]() for name in names if name in FIGURES}
     Path(output).write_text(json.dumps({"sizes": meter.sizes, "figures": figures}))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import s2shadow
-from rig import DATA, HA, HD, K, PAGE, RAM, RAM_SIZE, G, M, Rig, Tables
+from rig import DATA, HA, HD, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables
 from s2shadow import EXEC, L1_FAULT, MAPPED, READ, WRITE
 from s2shadow.constants import TEARDOWNS
 
@@ -235,7 +235,7 @@ def mapped(ipas, cipas):
 
 
 def on_paper(ipas, cipas):
-    """Bytes: tables of both kinds (roots, and pages below them), links beside the shadow's leaf tables, heads and nodes.
+    """Bytes: tables of both kinds (roots, and pages below them), links beside the shadow's leaf tables, and heads.
 
     A table page is 4096 bytes, the links of one as much, the heads of a node 2048, and again where it has children.
     """
