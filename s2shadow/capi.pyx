@@ -85,7 +85,7 @@ cdef extern from *:
 ctypedef unsigned long long word
 
 assert sizeof(s2s_fault_t) == sizeof(fault_t) and sizeof(s2s_walk_t) == sizeof(walk_t)
-assert sizeof(s2s_hw_tlbi_t) == sizeof(hw_tlbi_t) and sizeof(s2s_change_t) == sizeof(change_t)
+assert sizeof(s2s_hw_tlbi_t) == sizeof(hw_tlbi_t)
 
 cdef enum:
     QUESTIONS = 64              # to the embedder for one element, before it ends in RETRY
