@@ -31,7 +31,7 @@ from s2shadow.atomics cimport load32, load_pointer, store32
 from s2shadow.check cimport check_vm, finding_t
 from s2shadow.config cimport decode_config, features_t, s2_config_t
 from s2shadow.dirty cimport dirty_reserve, mark_dirty
-from s2shadow.fault cimport STEP_DONE, fault_run, translate_run
+from s2shadow.fault cimport STEP_DONE, fault_one, fault_run, translate_run
 from s2shadow.handle cimport handle_t
 from s2shadow.host cimport (
     change_t, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
@@ -664,8 +664,7 @@ cdef inline bint has_question(const vcpu_t *vcpu) noexcept nogil:
 
 cdef inline want_t serve(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
     """Serve one fault as far as it goes without the embedder."""
-    cdef int64_t at = 0
-    if fault_run(vm, vcpu, &ipa, &access, 0, out, 1, &at) != STEP_DONE:
+    if fault_one(vm, vcpu, ipa, access, out) != STEP_DONE:
         return WANTS_MAPPING
     if not has_question(vcpu):
         return WANTS_NOTHING

@@ -11,5 +11,6 @@ ctypedef enum step_t:
 
 cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                         fault_t *out, int64_t n) noexcept nogil
+cdef step_t fault_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil
 cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                       fault_t *out, int64_t n, int64_t *at) noexcept nogil

@@ -487,6 +487,22 @@ cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access
     return step
 
 
+cdef step_t fault_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
+    """``fault_run`` for one, which nothing of a batch burdens; ``out`` is the caller's alone."""
+    cdef step_t step = STEP_DONE
+    lock_shared(&vm.lock, vcpu.reader)
+    if not fault_plainly(vm, vcpu, ipa, access, out):
+        step = fault_step(vm, vcpu, ipa, access, False, out)
+    unlock_shared(vcpu.reader)
+    if step == STEP_EXCLUSIVE:
+        step = fault_exclusive(vm, vcpu, ipa, access, out)
+    if step == STEP_POPULATE:
+        vcpu.asked_cipa = out.cipa
+    else:
+        vcpu.kinds[out.kind & 7] += 1
+    return step
+
+
 cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                       fault_t *out, int64_t n, int64_t *at) noexcept nogil:
     """Serve faults from ``at`` on; stops with STEP_POPULATE at the element that needs the embedder."""
