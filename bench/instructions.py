@@ -193,7 +193,7 @@ def lowered(text, rows):
         most = round(max(row.measured, 0.0), 1)
         if row.most is not None and row.most <= most:
             continue
-        line = re.search(rf"^{row.name} = \{{(.*)\}}$", text, re.MULTILINE)
+        line = re.search(rf"^{row.name} = \{{(.*?)\}}", text, re.MULTILINE)
         fields = [field.strip() for field in line[1].split(",") if field.strip()]
         kept = [f"most = {most}", *(field for field in fields if not field.startswith("most"))]
         text = text.replace(line[0], f"{row.name} = {{ {', '.join(kept)} }}")

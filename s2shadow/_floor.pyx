@@ -19,7 +19,7 @@ from s2shadow cimport S2S_OK, s2s_api_t, s2s_fault_t, s2s_from_python, s2s_impor
 from s2shadow.arch cimport OA_48, level_span
 from s2shadow.atomics cimport prefetch
 from s2shadow.config cimport Stage2Config
-from s2shadow.fault cimport fault_run
+from s2shadow.fault cimport fault_one
 from s2shadow.host cimport change_t, host_unmap, remove_host_leaf, whole_leaf
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.lock cimport lock_exclusive, unlock_exclusive
@@ -195,13 +195,12 @@ def fault_each(state, uint32_t vcpu, const uint64_t[::1] ipas, uint8_t access, u
     cdef fault_t row
     cdef const uint64_t *given = &ipas[0]
     cdef uint64_t ipa
-    cdef int64_t i, at, wanted = 0
+    cdef int64_t i, wanted = 0
     row.pa = 0
     with nogil:
         for i in range(ipas.shape[0]):
-            at = 0
             ipa = given[i] ^ row.pa >> 63
-            fault_run(vm, &vm.vcpus[vcpu], &ipa, &access, 0, &row, 1, &at)
+            fault_one(vm, &vm.vcpus[vcpu], ipa, access, &row)
             wanted += row.kind == kind
     return wanted
 
