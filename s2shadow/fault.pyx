@@ -27,8 +27,8 @@ from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.plainfault cimport fault_plainly, learn_plain
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
 from s2shadow.table cimport (
-    DESC_LOCKED, FIND_TOGETHER, find_together, found_t, is_table, leaf_added, links_ensure, page_of, slot_ipa, table_ensure, table_find, table_find_near,
-    table_tidy,
+    DESC_LOCKED, FIND_TOGETHER, find_together, found_t, is_table, leaf_added, links_ensure, page_of, slot_ipa,
+    table_ensure, table_find, table_find_near, table_tidy,
 )
 from s2shadow.vm cimport (
     FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY,
@@ -120,8 +120,8 @@ cdef inline step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t a
     return translate_at(vm, vcpu, ipa, access, slot, level, desc, exclusive, out)
 
 
-cdef inline step_t translate_found(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, const found_t *found, int64_t i,
-                                   fault_t *out) noexcept nogil:
+cdef inline step_t translate_found(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, const found_t *found,
+                                   int64_t i, fault_t *out) noexcept nogil:
     """The same where the shadow's descent was made together with others', under this shared section. What stands there
     is read anew: if it is a table by now, the descent goes on."""
     cdef uint64_t desc = load64(vm.arena.words + found.slots[i])

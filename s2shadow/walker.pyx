@@ -286,7 +286,8 @@ cdef extern from *:
     /* the first eight bytes of a walk_t in one store; ``sh`` stands where a descriptor has it */
     #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     #define s2_fill_leaf(w, level, perm, desc, sh) do { \\
-        uint64_t head_ = (uint64_t)(uint8_t)(level) << 16 | (uint64_t)(perm) << 24 | ((desc) & 0x3C) << 30 | (sh) << 32; \\
+        uint64_t head_ = (uint64_t)(uint8_t)(level) << 16 | (uint64_t)(perm) << 24; \\
+        head_ |= ((desc) & 0x3C) << 30 | (sh) << 32; \\
         __builtin_memcpy((w), &head_, 8); } while (0)
     #else
     #define s2_fill_leaf(w, level, perm, desc, sh) do { \\
