@@ -1092,7 +1092,8 @@ cdef class VCPU:
         return result
 
     def translate_many(self, ipas, access=Access.READ, out=None):
-        """``translate`` for uint64[n] -> ``FAULT_DTYPE[n]``; ``access`` and ``out`` as in ``fault_many``, GIL released."""
+        """``translate`` for uint64[n] -> ``FAULT_DTYPE[n]``; ``access`` and ``out`` as in ``fault_many``.
+        The GIL is released."""
         cdef batch_t batch
         cdef void *rows = NULL
         cdef int64_t at = 0, n

@@ -264,7 +264,7 @@ cdef bint drop_page_shadows(vm_t *vm, uint64_t cipa, change_t *change) noexcept 
 
 
 cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
-    """Mostly the range is one host page; and where nothing ever was nested, nothing but the canonical table is asked."""
+    """Mostly the range is one host page; where nothing ever was nested, nothing but the canonical table is asked."""
     cdef int level = 0
     cdef uint32_t slot
     lock_exclusive(&vm.lock)

@@ -233,8 +233,8 @@ cdef void cursor_init(const vm_t *vm, const visit_t *visit, cursor_t *cursor) no
 
 cdef bint visit_lists(vm_t *vm, visit_t *visit, cursor_t *cursor) noexcept nogil:
     """As ``visit_canonical`` with the reverse map, but list by list, so that a visit that keeps its leaves goes on
-    where it paused: in the midst of a page's million aliases too. False when the budget is spent. Faults in the range must
-    not add leaves meanwhile."""
+    where it paused: in the midst of a page's million aliases too. False when the budget is spent. Faults in the range
+    must not add leaves meanwhile."""
     cdef uint64_t at
     cdef uint32_t head
     while cursor.level <= FINAL_LEVEL:

@@ -1,8 +1,8 @@
 # The engine's lock: many on the shared side, one on the exclusive side.
 #
 # Whoever goes in counts itself on one of a few lines, chosen by vCPU, so that vCPUs seldom write the same one; the
-# exclusive side looks at all of them and waits: shared sections are short (a chunk of a batch), so by yielding. The turn
-# is a futex of three states (Drepper, "Futexes Are Tricky").
+# exclusive side looks at all of them and waits: shared sections are short (a chunk of a batch), so by yielding. The
+# turn is a futex of three states (Drepper, "Futexes Are Tricky").
 #
 # Not pthread_rwlock: its counter is one line for all vCPUs, and a pair of calls costs more than all the rest of a short
 # operation.
@@ -20,14 +20,15 @@ cdef extern from *:
     #include <unistd.h>
     #endif
     enum { S2_READER_LINES = 4, S2_FREE = 0, S2_TAKEN = 1, S2_WANTED = 2 };
-    typedef struct { uint32_t inside; uint8_t pad[124]; } s2_reader_t;   /* a pair of lines: they are fetched in pairs */
+    typedef struct { uint32_t inside; uint8_t pad[124]; } s2_reader_t;   /* two lines: they are fetched in pairs */
     typedef struct {
         uint32_t turn;                  /* not free for the whole of an exclusive section */
         s2_reader_t readers[S2_READER_LINES];
     } s2_lock_t;
 
     static inline void s2_lock_init(s2_lock_t *l) { memset(l, 0, sizeof *l); }
-    static inline s2_reader_t *s2_lock_reader(s2_lock_t *l, uint32_t vcpu) { return &l->readers[vcpu % S2_READER_LINES]; }
+    static inline s2_reader_t *s2_lock_reader(s2_lock_t *l, uint32_t vcpu)
+    { return &l->readers[vcpu % S2_READER_LINES]; }
 
     static __attribute__((noinline, cold, unused)) void s2_await_turn(s2_lock_t *l)
     {
