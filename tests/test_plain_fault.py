@@ -1,0 +1,188 @@
+"""Faults that are served plainly: what a vCPU remembers of the last one must never decide for one that differs.
+
+Every test fills neighbours first, so that the fault in question finds its leaf tables known.
+"""
+
+import numpy as np
+import pytest
+
+import s2shadow
+from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, M, Rig, single
+from s2shadow import EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
+
+PROBE = 100 * PAGE
+WRAPS = 1 << 21  # forgettings after which a vCPU's short mark of them is the same again
+
+
+def known(**options):
+    """L1 maps 2 MiB from IPA 0; eight pages are shadowed, and their tables known to both vCPUs."""
+    r = Rig(vcpus=2, contexts=4, **options)
+    r.tables.map_range(0, DATA, 2 * M)
+    r.load(n=1)
+    for page in range(16):
+        assert r.fault(page * PAGE, n=page & 1).kind == MAPPED
+    return r
+
+
+def answer(r, access=READ, ipa=PROBE, n=0):
+    f = r.fault(ipa, access, n)
+    r.vm.check()
+    return f
+
+
+@pytest.mark.parametrize(
+    ("fields", "access", "kind", "fsc", "cipa"),
+    [
+        ({"cipa": DATA + 5 * M}, READ, MAPPED, 0, DATA + 5 * M),
+        ({"perm": "r"}, WRITE, L1_FAULT, 0x0F, None),
+        ({"perm": "r"}, READ, MAPPED, 0, DATA + PROBE),
+        ({"perm": "rw"}, EXEC, L1_FAULT, 0x0F, None),
+        ({"perm": "-"}, READ, L1_FAULT, 0x0F, None),
+        ({"af": 0}, READ, L1_FAULT, 0x0B, None),
+        ({"memattr": 1}, READ, MAPPED, 0, DATA + PROBE),
+        ({"cipa": ROM}, WRITE, MMIO, 0x10, ROM),
+        ({"cipa": DEVICE}, READ, MMIO, 0x10, DEVICE),
+        ({"cipa": NOWHERE}, READ, MMIO, 0x10, NOWHERE),
+        ({"cipa": 1 << 47}, READ, MMIO, 0x10, 1 << 47),
+        ({"extra": 0xF << 55}, READ, MAPPED, 0, DATA + PROBE),
+    ],
+)
+def test_another_leaf_beside(fields, access, kind, fsc, cipa):
+    r = known()
+    r.tables.map(PROBE, **{"cipa": DATA + PROBE} | fields)
+    f = answer(r, access)
+    assert (f.kind, f.fsc) == (kind, fsc)
+    if cipa is not None:
+        assert f.cipa == cipa
+    if kind == MAPPED:
+        config = s2shadow.Stage2Config(vttbr=r.tables.vttbr(), vtcr=r.tables.vtcr, hcr=s2shadow.HCR_VM)
+        assert f.pa == HOST + f.cipa and f.perm == s2shadow.walk(r.mem, config, PROBE).perm
+
+
+def test_nothing_and_a_bad_entry_beside():
+    r = known()
+    r.tables.set(r.tables.slot(PROBE, 3), 0)
+    assert (answer(r).kind, answer(r).fsc) == (L1_FAULT, 0x07)
+    r.tables.set(r.tables.slot(PROBE, 3), DATA | AF | 1)
+    assert (answer(r).kind, answer(r).fsc) == (L1_FAULT, 0x07)
+
+
+def test_a_contiguous_group_beside():
+    r = known()
+    for page in range(96, 112):
+        r.tables.map(page * PAGE, DATA + 4 * M + (page - 96) * PAGE, extra=CONTIGUOUS)
+    f = answer(r)
+    assert (f.kind, f.cipa) == (MAPPED, DATA + 4 * M + 4 * PAGE)
+
+
+@pytest.mark.parametrize("access", [READ | PTW, WRITE, EXEC, READ | WRITE | EXEC])
+def test_another_access(access):
+    r = known()
+    f = answer(r, access)
+    assert (f.kind, f.cipa, f.pa, f.size) == (MAPPED, DATA + PROBE, HOST + DATA + PROBE, PAGE)
+    assert answer(r, access).kind == HIT
+
+
+def test_the_host_in_between():
+    """Each change of the host's page shows in the next fault on it."""
+    r = known()
+    page = DATA + PROBE
+    r.vm.host.protect(page, page + PAGE, "rx")
+    assert answer(r, WRITE).kind == HOST_FAULT
+    assert answer(r, READ).kind == MAPPED
+    r.vm.unmap(page, page + PAGE)
+    assert answer(r).kind == HOST_FAULT
+    r.vm.host.map(page, 0x70_0000_0000, PAGE)
+    assert (answer(r).kind, answer(r).pa) == (MAPPED, 0x70_0000_0000)
+
+
+def test_a_logged_page_beside():
+    r = known()
+    page = DATA + PROBE
+    r.vm.log_dirty(page, page + PAGE, True)
+    assert not answer(r).perm & WRITE
+    assert not np.unpackbits(r.vm.dirty_log(page, page + PAGE), bitorder="little")[0]
+    assert answer(r, WRITE).kind == MAPPED
+    assert np.unpackbits(r.vm.dirty_log(page, page + PAGE), bitorder="little")[0]
+
+
+def test_a_block_of_l1_over_known_tables():
+    """L1 puts a block where its leaf table was, and says so: the old table's memory no longer counts."""
+    r = known()
+    r.tables.set(r.tables.slot(0, 2), r.tables.leaf(DATA + 8 * M, 2))
+    r.vcpu.tlbi("IPAS2E1IS", single(PROBE))
+    f = answer(r)
+    assert (f.kind, f.cipa) == (MAPPED, DATA + 8 * M + PROBE)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_table_that_l1_moved(n):
+    """Each vCPU forgets, whoever sends the TLBI."""
+    r = known()
+    moved = r.tables.new_table()
+    r.tables.set(moved + 8 * (PROBE >> 12), r.tables.leaf(DATA + 9 * M, 3))
+    r.tables.set(r.tables.slot(0, 2), moved | 3)
+    r.vcpu.tlbi("IPAS2E1IS", single(PROBE))
+    assert answer(r, n=n).cipa == DATA + 9 * M
+
+
+def test_after_as_many_tlbis_as_marks():
+    """A mark of what was forgotten has few bits: when it comes round, the oldest tables must not look like new ones."""
+    r = known()
+    moved = r.tables.new_table()
+    r.tables.set(moved + 8 * (PROBE >> 12), r.tables.leaf(DATA + 9 * M, 3))
+    r.tables.set(r.tables.slot(0, 2), moved | 3)
+    tlbis = np.zeros(WRAPS // 8, dtype=TLBI_OP_DTYPE)
+    tlbis["insn"], tlbis["xt"] = 0xD50C_8020, single(G)
+    for _ in range(8):
+        r.vm.tlbi_many(tlbis)
+    assert answer(r).cipa == DATA + 9 * M
+
+
+def test_contexts_in_turn():
+    """Two contexts with the same addresses, on one vCPU: each faults into its own shadow."""
+    r = known()
+    other = r.new_tables()
+    other.map_range(0, DATA + 16 * M, 2 * M)
+    for page in range(100, 140):
+        r.load(vmid=2, tables=other)
+        assert answer(r, ipa=page * PAGE).cipa == DATA + 16 * M + page * PAGE
+        r.load()
+        assert answer(r, ipa=page * PAGE).cipa == DATA + page * PAGE
+
+
+def test_a_root_smaller_than_a_page():
+    """The leaf table is the start table, with few entries, at an address within a page."""
+    mem = s2shadow.GuestMemory()
+    mem.add(RAM, 4 * M)
+    base, ia_bits = RAM + 256, 35               # 32 GiB: 32 entries of level 1
+    vtcr = (64 - ia_bits) | 1 << 6 | 5 << 16 | 1 << 31
+    for entry in range(32):
+        mem.write64(base + 8 * entry, RAM & -G | AF | 0xC0 | 15 << 2 | XN[36] << 53 | 1)
+    vm = s2shadow.NestedVM(mem)
+    vm.host.populate = s2shadow.Linear(HOST, max_block=PAGE)
+    vm.vcpus[0].load(base | 1 << 48, vtcr, s2shadow.HCR_VM)
+    for entry in (0, 5, 6, 31, 7, 30):
+        for page in (0, 1, 2):
+            f = vm.vcpus[0].fault(entry * G + RAM % G + page * PAGE)
+            assert (f.kind, f.cipa) == (MAPPED, RAM + page * PAGE), entry
+    vm.check()
+
+
+@pytest.mark.parametrize("guest_level", [2, 3])
+@pytest.mark.parametrize("block", [2 * M, PAGE])
+def test_each_pair_of_sizes(guest_level, block):
+    """Blocks and pages of either side; many faults in each of many tables."""
+    r = Rig(host=False)
+    r.vm.host.populate = s2shadow.Linear(HOST, max_block=block)
+    for at in range(0, 32 * M, 2 * M):
+        r.tables.map_range(at * 1024, DATA + at, 2 * M, level=guest_level)
+    rng = np.random.default_rng(guest_level)
+    size = min(block, r.tables.size(guest_level))
+    seen = set()
+    for at, page in zip(rng.integers(0, 16, 600) * 2 * M, rng.integers(0, 512, 600) * PAGE, strict=True):
+        ipa, cipa = int(at) * 1024 + int(page), DATA + int(at) + int(page)
+        f = r.fault(ipa)
+        assert (f.kind, f.cipa, f.pa, f.size) == (HIT if ipa // size in seen else MAPPED, cipa, HOST + cipa, size)
+        seen.add(ipa // size)
+    r.vm.check()
