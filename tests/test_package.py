@@ -37,7 +37,7 @@ def test_metadata():
     assert meta["Requires-Python"] == ">=3.11"
     required = metadata.requires("s2shadow")
     assert [name for name in required if "extra ==" not in name] == ["numpy>=1.26"]
-    assert set(meta.get_all("Provides-Extra")) == {"cli", "dask", "plot", "trace"}
+    assert set(meta.get_all("Provides-Extra")) == {"cli", "dask", "plot", "trace", "unicorn"}
     (script,) = metadata.entry_points(group="console_scripts", name="s2shadow")
     assert script.value == "s2shadow.cli:main"
 
