@@ -96,7 +96,7 @@ def emit(lines: Iterable[Line], stream: TextIO) -> None:
     """Print lines; with rich's colours on a terminal, and in ASCII where the terminal knows no more."""
     console = colour_console(stream)
     for line in lines:
-        text = line.text if can_encode(line.text, stream) else line.text.translate(ASCII)
+        text = encodable(line.text, stream)
         if console is None:
             stream.write(text + "\n")
         else:
@@ -120,6 +120,14 @@ def is_terminal(stream: TextIO) -> bool:
         return stream.isatty()
     except (AttributeError, ValueError):
         return False
+
+
+def encodable(text: str, stream: TextIO) -> str:
+    """``text`` in the stream's own letters: in ASCII where it knows no more, names that are no text escaped."""
+    for shown in (text, text.translate(ASCII)):
+        if can_encode(shown, stream):
+            return shown
+    return shown.encode("ascii", "backslashreplace").decode()
 
 
 def can_encode(text: str, stream: TextIO) -> bool:
@@ -300,11 +308,12 @@ def write_json(result: dict[str, Any], file: str | os.PathLike[str]) -> None:
 
 def write_text(text: str, file: str | os.PathLike[str]) -> None:
     if os.fspath(file) == "-":
+        text = encodable(text, sys.stdout)
         for at in range(0, len(text), STDOUT_PIECE):
             sys.stdout.write(text[at:at + STDOUT_PIECE])
         sys.stdout.flush()
     else:
-        write_whole(file, text.encode())
+        write_whole(file, text.encode(errors="backslashreplace"))
 
 
 def hidden(target: str) -> str:

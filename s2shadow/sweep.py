@@ -105,9 +105,9 @@ class Results:
 def check_record(record: dict[str, Any], config: StormConfig) -> None:
     """``TypeError``, ``ValueError`` or ``KeyError`` for what would make no row."""
     expect(str, finished=record["finished"])
-    expect(int, worker_deaths=record["worker_deaths"], workers=record["workers"] or 0)
+    expect(int, worker_deaths=record["worker_deaths"], workers=0 if record["workers"] is None else record["workers"])
     if "error" in record:
-        return expect(str, host=record["host"] or "", error=record["error"])
+        return expect(str, host="" if record["host"] is None else record["host"], error=record["error"])
     expect(str, host=record["host"])
     result = record["result"]
     for policy in config.teardown:
@@ -309,7 +309,7 @@ def write_rows(rows: Sequence[dict[str, Any]], output: str | os.PathLike[str]) -
 
     if rows:
         parquet = Path(output).suffix.lower() == ".parquet"
-        write_whole(output, parquet_bytes(rows) if parquet else csv_text(rows).encode())
+        write_whole(output, parquet_bytes(rows) if parquet else csv_text(rows).encode(errors="backslashreplace"))
 
 
 def parquet_bytes(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -4,10 +4,12 @@ import json
 import os
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mutate
 from s2shadow.capture import CaptureError
 from s2shadow.capturedtables import engine_table
 from s2shadow.recording import read_checks
@@ -119,6 +121,24 @@ def test_a_path_that_may_not_be_looked_at(refused, monkeypatch, tmp_path):
     refused(f"cannot read {tmp_path}", "diff", tmp_path, tmp_path)
 
 
+def test_names_that_are_no_text(tmp_path):
+    """Bytes that no encoding has are shown as they must be typed, on a stream that takes only text."""
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")
+    (tmp_path / "capture").mkdir()
+    for name, content in files_of(PLAIN, "capture").items():
+        (tmp_path / name).write_bytes(content)
+    os.rename(tmp_path / "capture", odd)
+    Path(odd, "spec.toml").write_bytes(b"capture = '.'\nseed = [1, 2]\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    for argv in (("dump", odd, "-o", f"{out}/\udcff"), ("dump", odd), ("dump", odd, "--csv"), ("dump", odd, "--json"),
+                 ("dump", odd, "--json", f"{out}/d\udcff.json"), ("diff", odd, odd), ("walk", odd, "0"),
+                 ("diff", odd, odd, "--json", f"{out}/d\udcff.json"), ("sweep", f"{odd}/spec.toml", "--list"),
+                 ("storm", "--capture", odd, "--events", "2", "--contexts", "1", "--teardown", "reverse-map", "--csv")):
+        code, wrong = mutate.answer(argv, tmp_path / "nothing")
+        assert wrong is None and code in (0, 1), (argv, wrong)
+
+
 # --- journals of sweeps ------------------------------------------------------------------------------------------
 
 
@@ -153,6 +173,7 @@ EDITS = {
     "a CPU that cannot be written": lambda record: record["result"]["machine"].update(cpu="\ud800"),
     "workers in words": lambda record: record.update(workers=[1]),
     "deaths in words": lambda record: record.update(worker_deaths="1"),
+    "workers that are an empty list": lambda record: record.update(workers=[]),
     "a host that is none": lambda record: record.update(host=None),
     "no result": lambda record: record.pop("result"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from s2shadow.commands.common import (
@@ -178,7 +179,7 @@ def summary(rows: Rows) -> str:
 
 
 def write_files(options: argparse.Namespace) -> int:
-    from s2shadow.report import write_folder
+    from s2shadow.report import Line, emit, write_folder
 
     if options.format in ("table", "json") or options.json is not None or options.csv is not None:
         raise UsageError("-o writes the kernel's files; other formats do not go with it")
@@ -189,7 +190,7 @@ def write_files(options: argparse.Namespace) -> int:
         write_folder(options.output, files)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot write {options.output}: {error_text(error)}") from None
-    write_output(lambda: print("\n".join(f"{options.output}/{name}" for name in files)))
+    write_output(lambda: emit([Line(f"{options.output}/{name}") for name in files], sys.stdout))
     return EXIT_OK
 
 

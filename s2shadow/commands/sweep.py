@@ -131,7 +131,7 @@ def check_captures(plan: list[StormConfig]) -> None:
 
 
 def list_points(spec: Spec) -> int:
-    from s2shadow.report import columns
+    from s2shadow.report import Line, columns, emit
     from s2shadow.sweep import plan_columns, points
     from s2shadow.sweepreport import value_text
 
@@ -141,7 +141,7 @@ def list_points(spec: Spec) -> int:
     table = [["point", *varied, "policies"]]
     for i, (config, row) in enumerate(zip(plan, rows, strict=True), 1):
         table.append([str(i), *(value_text(row[name]) for name in varied), " ".join(config.teardown)])
-    write_output(lambda: print("\n".join(columns(table)), flush=True))
+    write_output(lambda: emit(map(Line, columns(table)), sys.stdout))
     return EXIT_OK
 
 
