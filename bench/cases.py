@@ -184,29 +184,27 @@ def fault_2m_random_batch(measure):
     batched_faults(measure, 1 << 12, size=BLOCK)
 
 
-@case
-def fault_hit(measure):
+def hits(measure, fault, engine):
+    """``fault`` of one way, on the ``engine`` of a bed as that way takes it."""
     bed = Nest(1 << 12).fill()
     ipas = bed.ipas[scattered(1 << 12)]
 
     def prepare(n):
         chosen = np.resize(ipas, n)
-        return lambda: fault_each(bed.state, 0, chosen, s2.READ, s2.HIT), n
+        return lambda: fault(engine(bed), 0, chosen, s2.READ, s2.HIT), n
 
     measure(prepare, 2048)
+
+
+@case
+def fault_hit(measure):
+    hits(measure, fault_each, lambda bed: bed.state)
 
 
 @case
 def fault_hit_c_api(measure):
     """The same through the C API's table."""
-    bed = Nest(1 << 12).fill()
-    ipas = bed.ipas[scattered(1 << 12)]
-
-    def prepare(n):
-        chosen = np.resize(ipas, n)
-        return lambda: c_fault_each(bed.vm, 0, chosen, s2.READ, s2.HIT), n
-
-    measure(prepare, 2048)
+    hits(measure, c_fault_each, lambda bed: bed.vm)
 
 
 # --- notifiers ---------------------------------------------------------------------------------------------------

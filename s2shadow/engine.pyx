@@ -42,7 +42,7 @@ from s2shadow.machine cimport (
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t, region_map_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_take
-from s2shadow.pace cimport pace_next, pace_start, pace_t
+from s2shadow.pace cimport next_piece, pace_t
 from s2shadow.rmap cimport is_marker, link_next, rmap_find
 from s2shadow.table cimport (
     CANONICAL, ROOT_PAGES, child_page, is_table, next_leaf, page_of, page_t, slot_ipa, table_find, table_t,
@@ -746,9 +746,8 @@ cdef class _Engine:
                     tlbi_encoding(rows[i].insn, &self.vm.features)
                 except UndefinedInstruction as error:
                     raise UndefinedInstruction(f"ops[{i}]: {error}") from None
-        pace_start(&pace, n)
         while at < n:
-            end = min(n, at + pace.piece)
+            end = at + next_piece(&pace, at, n)
             with nogil:
                 for i in range(at, end):
                     vcpu = &self.vm.vcpus[rows[i].vcpu]
@@ -759,8 +758,6 @@ cdef class _Engine:
                     apply_tlbi(&self.vm, &found, rows[i].xt, &regs, &result)
                     removed[i] = result.removed
             at = end
-            pace_next(&pace)
-            PyErr_CheckSignals()
         return out
 
     def check(self):
@@ -1002,8 +999,8 @@ cdef class VCPU:
 
         ``access`` is one mask or a uint8[n]; ``out`` may be a C-contiguous ``FAULT_DTYPE[n]`` to write into. Where the
         allocator refuses, the element is NO_MEMORY. An exception from a populate callable stops at that element and
-        propagates; the ones before it are done. So do signals (Ctrl-C), which a
-        batch looks for about every 10 ms: what was done is in ``out``.
+        propagates; the ones before it are done. So do signals (Ctrl-C), which a batch looks for about every 10 ms: what
+        was done is in ``out``.
         """
         cdef batch_t batch
         cdef void *rows = NULL
@@ -1015,13 +1012,9 @@ cdef class VCPU:
         if batch.n == 0:
             return out
         self.enter_loaded()
-        pace_start(&pace, batch.n)
         try:
             while at < batch.n:
-                n = min(batch.n - at, pace.piece)
-                if at:
-                    pace_next(&pace)
-                    PyErr_CheckSignals()
+                n = next_piece(&pace, at, batch.n)
                 self.run(batch.ipas + at, batch.masks + at * batch.stride, batch.stride, <fault_t *>rows + at, n)
                 at += n
         finally:
@@ -1104,13 +1097,9 @@ cdef class VCPU:
         if batch.n == 0:
             return out
         self.enter_loaded()
-        pace_start(&pace, batch.n)
         try:
             while at < batch.n:
-                n = min(batch.n - at, pace.piece)
-                if at:
-                    pace_next(&pace)
-                    PyErr_CheckSignals()
+                n = next_piece(&pace, at, batch.n)
                 with nogil:
                     translate_run(&self.engine.vm, self.c, batch.ipas + at, batch.masks + at * batch.stride,
                                   batch.stride, <fault_t *>rows + at, n)

@@ -75,7 +75,8 @@ cdef inline void begin(vm_t *vm, uint64_t start, uint64_t end, change_t *change)
     lock_exclusive(&vm.lock)
     change.dropped = 0
     change.work = 0
-    owed_begin(&vm.owed)
+    if vm.contexts_used:                    # else nothing can be owed
+        owed_begin(&vm.owed)
     vm.invalidations += 1
     note_change(vm, start, end)
 
@@ -267,23 +268,13 @@ cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, 
     """Mostly the range is one host page; where nothing ever was nested, nothing but the canonical table is asked."""
     cdef int level = 0
     cdef uint32_t slot
-    lock_exclusive(&vm.lock)
-    vm.invalidations += 1
-    note_change(vm, start, end)
-    change.dropped = 0
+    begin(vm, start, end, change)
     slot = whole_leaf(vm, start, end, &level)
-    if vm.contexts_used:
-        owed_begin(&vm.owed)
-        if slot and (level != FINAL_LEVEL or not drop_page_shadows(vm, start, change)):
-            slot = 0
-    if slot:
+    if slot and (not vm.contexts_used or level == FINAL_LEVEL and drop_page_shadows(vm, start, change)):
         remove_host_leaf(vm, slot)
     else:
         unmap_locked(vm, start, end, drop_partial, True, change)
-    if vm.contexts_used:
-        owed_end(&vm.owed)
-    change.ticket = vm.owed.seq
-    unlock_exclusive(&vm.lock)
+    finish(vm, change)
 
 
 cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const host_attrs_t *attrs) noexcept nogil:

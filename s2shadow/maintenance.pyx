@@ -22,14 +22,14 @@ from s2shadow.owed cimport (
     owed_begin, owed_end,
 )
 from s2shadow.rmap cimport rmap_unlink
-from s2shadow.table cimport child_page, held_tags, is_page_of, is_table, lowest_bit, page_t, table_find
+from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, table_find
 from s2shadow.tlbi cimport (
     NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
     tlbi_decode, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
-    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, LEAF_TABLES, TEARDOWN_REVERSE_MAP,
-    context_t, forget_guest_path, kernel_steps_per_context, read_tag, tlbi_class_t, tlbi_counts_t,
+    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, TEARDOWN_REVERSE_MAP,
+    context_t, forget_guest_path, kernel_steps_per_context, read_tag, remembered_slot, tlbi_class_t, tlbi_counts_t,
 )
 
 cdef enum:
@@ -77,29 +77,22 @@ cdef inline int tag_shift(const context_t *context, int tag) noexcept nogil:
     return level_shift(context.config.granule_bits, tag + LEVEL_STAGE2_OFF)
 
 
-cdef inline bint find_leaf_table(const vm_t *vm, const context_t *context, uint64_t ipa, uint32_t *slot) noexcept nogil:
-    """The last-level slot for ``ipa``, if its table is remembered."""
-    cdef int bits = vm.arena.slot_bits, span = vm.arena.granule_bits + bits
-    cdef uint32_t page = context.leaf_tables[ipa >> span & (LEAF_TABLES - 1)]
-    if not is_page_of(&vm.arena.pages[page], ipa >> span << span, context.shadow.context, FINAL_LEVEL):
-        return False
-    slot[0] = page << bits | (<uint32_t>(ipa >> vm.arena.granule_bits) & ((<uint32_t>1 << bits) - 1))
-    return True
-
-
 cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t tags,
                             tlbi_result_t *result) noexcept nogil:
     """Drop the shadow leaf over ``ipa`` if it has one of the guest levels and L1's block is no larger than the entry
     that the descent ends at. Returns the levels of larger blocks: of those any leaf under the block is named."""
     cdef int level = context.shadow.start_level, shift = level_shift(vm.arena.granule_bits, level)
     cdef int largest = tag_shift(context, lowest_bit(tags))
-    cdef uint32_t slot, mask = (<uint32_t>1 << vm.arena.slot_bits) - 1
+    cdef uint32_t slot, known, mask = (<uint32_t>1 << vm.arena.slot_bits) - 1
     cdef uint64_t desc
     cdef uint8_t larger = 0
     slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
-    if largest <= vm.arena.granule_bits and find_leaf_table(vm, context, ipa, &slot):
-        level = FINAL_LEVEL
-        shift = vm.arena.granule_bits
+    if largest <= vm.arena.granule_bits:
+        known = remembered_slot(vm, context.shadow.context, ipa, vm.arena.granule_bits, FINAL_LEVEL)
+        if known:
+            slot = known
+            level = FINAL_LEVEL
+            shift = vm.arena.granule_bits
     while True:
         while largest > shift:
             larger |= tags & -tags

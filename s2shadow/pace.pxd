@@ -3,6 +3,7 @@
 The first piece is small; each piece then measures how large the next one may be. Nothing is paid per element.
 """
 
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint64_t
 
 cdef extern from *:
@@ -26,20 +27,23 @@ cdef struct pace_t:
     int64_t piece               # its elements
 
 
-cdef inline void pace_start(pace_t *pace, int64_t n) noexcept nogil:
-    """Before the first piece of ``n`` elements."""
-    pace.piece = FIRST_PIECE
-    if n > FIRST_PIECE:                     # else no other will be measured
-        pace.began = pace_clock()
-
-
-cdef inline void pace_next(pace_t *pace) noexcept nogil:
-    """A piece is done: size the next one, which grows at most eightfold."""
-    cdef uint64_t now = pace_clock(), took = now - pace.began
-    if took * 8 < PACE_NS:
-        pace.piece *= 8
+cdef inline int64_t next_piece(pace_t *pace, int64_t at, int64_t n) except -1:
+    """How many of ``n`` elements come next, after the ``at`` that are done; between two pieces, signals are looked for.
+    A piece grows at most eightfold."""
+    cdef uint64_t now, took
+    if at == 0:
+        pace.piece = FIRST_PIECE
+        if n > FIRST_PIECE:                 # else no other will be measured
+            pace.began = pace_clock()
     else:
-        pace.piece = pace.piece * PACE_NS / <int64_t>took + 1
-    if pace.piece > MOST_PIECE:
-        pace.piece = MOST_PIECE
-    pace.began = now
+        PyErr_CheckSignals()
+        now = pace_clock()
+        took = now - pace.began
+        if took * 8 < PACE_NS:
+            pace.piece *= 8
+        else:
+            pace.piece = pace.piece * PACE_NS / <int64_t>took + 1
+        if pace.piece > MOST_PIECE:
+            pace.piece = MOST_PIECE
+        pace.began = now
+    return pace.piece if pace.piece < n - at else n - at

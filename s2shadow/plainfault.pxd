@@ -8,17 +8,18 @@
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport (
-    ACCESS_PTW, DESC_AF, DESC_CONTIGUOUS, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_SH_SHIFT, DESC_XN, hpfar,
-    level_shift, required_perm,
+    ACCESS_PTW, DESC_AF, DESC_CONTIGUOUS, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_SH_SHIFT, DESC_XN,
+    LEVEL_STAGE2_OFF, hpfar, level_shift, required_perm,
 )
-from s2shadow.atomics cimport cas64, load32, load64, peek64, store32, store64
+from s2shadow.atomics cimport cas64, load64, peek64, store32, store64
 from s2shadow.combine cimport combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
 from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t
 from s2shadow.vm cimport (
-    EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, fault_t, guest_table_t, plain_t, vcpu_t, vm_t,
+    EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, fault_t, guest_table_t, plain_t, remembered_slot,
+    vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_t
 
@@ -35,17 +36,12 @@ cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t acc
     cdef const guest_table_t *table
     cdef const region_t *region
     cdef page_t *host
-    cdef page_t *shadow
     cdef uint64_t desc, cipa, offset, seen = 0
     if access & ACCESS_PTW or not plain.perm or required_perm(access) & ~plain.perm:
         return False
     # the shadow's slot
-    page = load32(&vm.contexts[vcpu.context].leaf_tables[ipa >> plain.shadow_span & (LEAF_TABLES - 1)])
-    shadow = &vm.arena.pages[page]
-    if not is_page_of(shadow, span_start(ipa, plain.shadow_span), vcpu.context, plain.shadow_level):
-        return False
-    slot = page << bits | (<uint32_t>(ipa >> plain.shadow_shift) & mask)
-    if peek64(vm.arena.words + slot) or not shadow.has_links:
+    slot = remembered_slot(vm, vcpu.context, ipa, plain.shadow_shift, plain.shadow_level)
+    if not slot or peek64(vm.arena.words + slot) or not vm.arena.pages[page_of(&vm.arena, slot)].has_links:
         return False
     # L1's leaf
     table = &plain.guest[ipa >> plain.guest_span & (LEAF_TABLES - 1)]
@@ -78,7 +74,7 @@ cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t acc
         store64(vm.arena.words + slot, 0)
         return False
     rmap_push(&vm.rmap, head, slot)
-    leaf_added(&vm.arena, slot, plain.guest_level + 2)
+    leaf_added(&vm.arena, slot, plain.guest_level - LEVEL_STAGE2_OFF)
     store64(vm.arena.words + slot, plain.leaf | desc & ~(plain.leaf_size - 1))
     vcpu.installed += 1
     out.kind = KIND_MAPPED

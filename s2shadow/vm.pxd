@@ -3,6 +3,7 @@
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from s2shadow.atomics cimport load32
 from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.dirty cimport dirty_t
@@ -11,7 +12,7 @@ from s2shadow.lock cimport lock_t, reader_t
 from s2shadow.memory cimport mem_view_t
 from s2shadow.owed cimport owed_t
 from s2shadow.rmap cimport rmap_t
-from s2shadow.table cimport arena_t, forget_path, table_path_t, table_t
+from s2shadow.table cimport arena_t, forget_path, is_page_of, table_path_t, table_t
 from s2shadow.walker cimport walk_path_t
 
 cdef extern from *:
@@ -243,6 +244,16 @@ cdef inline void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept no
     change = &vm.changes[vm.host_seq % CHANGES_KEPT]
     change.start = start
     change.end = end
+
+
+cdef inline uint32_t remembered_slot(const vm_t *vm, uint32_t index, uint64_t ipa, int shift, int level) noexcept nogil:
+    """The shadow's slot of ``level`` (entries of 1 << ``shift`` bytes) for ``ipa`` where its table is remembered and
+    still is that table; else 0."""
+    cdef int bits = vm.arena.slot_bits, span = shift + bits
+    cdef uint32_t page = load32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
+    if not is_page_of(&vm.arena.pages[page], ipa >> span << span, index, level):
+        return 0
+    return page << bits | (<uint32_t>(ipa >> shift) & ((<uint32_t>1 << bits) - 1))
 
 
 cdef inline uint64_t read_tag(uint64_t desc) noexcept nogil:

@@ -23,7 +23,7 @@ from s2shadow.memory cimport (
     CAS_REFUSED, GuestMemory, ask_swap, cas_desc, cas_result_t, find_tables, mem_view_t, read_desc, region_t,
     word_elsewhere,
 )
-from s2shadow.pace cimport pace_next, pace_start, pace_t
+from s2shadow.pace cimport next_piece, pace_t
 from s2shadow.vmem cimport refused as allocation_refused
 from s2shadow.constants import Access, perm_text, size_text
 from s2shadow.descriptor import describe_level
@@ -760,13 +760,9 @@ def walk_many(GuestMemory mem not None, Stage2Config cfg not None, ipas, access=
     access = take_masks(access, &batch)
     out = take_output(out, WALK_DTYPE, &batch, &rows)
     mem.pin(&view)
-    pace_start(&pace, batch.n)
     try:
         while at < batch.n:
-            n = min(batch.n - at, pace.piece)
-            if at:
-                pace_next(&pace)
-                PyErr_CheckSignals()
+            n = next_piece(&pace, at, batch.n)
             if n == 1:                      # letting go of the GIL costs more than one walk
                 walk_run(&view, &cfg.c, batch.ipas + at, batch.masks + at * batch.stride, 0, update,
                          <walk_t *>rows + at, 1)

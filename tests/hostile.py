@@ -389,6 +389,9 @@ class Hostile:
         """Everything that L1 has mapped, at once."""
         vcpu, access = self.vcpu(rng), rng.choice((1, 2))
         ipas, self.rng = np.array(self.tables[self.loaded[vcpu.index]].ipas, np.uint64), rng
+        self.touch(vcpu, ipas, access)
+
+    def touch(self, vcpu, ipas, access):
         try:
             got = vcpu.fault_many(ipas, access)
         except MemoryError:
@@ -408,12 +411,7 @@ class Hostile:
         count = tables.granule // 8
         self.buffer[first : first + count] = tables.swap(tables.leaf(self.data_page(rng) & -tables.granule, 3))
         ipas = np.uint64(ipa) + np.arange(min(count, 1024), dtype=np.uint64) * np.uint64(tables.granule)
-        try:
-            got = vcpu.fault_many(ipas, access)
-        except MemoryError:
-            assert self.bound
-            return
-        self.judge(got, np.full(len(ipas), access, np.uint8))
+        self.touch(vcpu, ipas, access)
 
     def translate(self, rng):
         vcpu = self.vcpu(rng)
