@@ -75,8 +75,7 @@ cdef inline void begin(vm_t *vm, uint64_t start, uint64_t end, change_t *change)
     lock_exclusive(&vm.lock)
     change.dropped = 0
     change.work = 0
-    if vm.contexts_used:                    # else nothing can be owed
-        owed_begin(&vm.owed)
+    owed_begin(&vm.owed)
     vm.invalidations += 1
     note_change(vm, start, end)
 
@@ -265,16 +264,27 @@ cdef bint drop_page_shadows(vm_t *vm, uint64_t cipa, change_t *change) noexcept 
 
 
 cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil:
-    """Mostly the range is one host page; where nothing ever was nested, nothing but the canonical table is asked."""
+    """Mostly the range is one host page; where nothing ever was nested, nothing but the canonical table is asked:
+    ``begin`` and ``finish`` without what is for shadows."""
     cdef int level = 0
     cdef uint32_t slot
-    begin(vm, start, end, change)
+    lock_exclusive(&vm.lock)
+    vm.invalidations += 1
+    note_change(vm, start, end)
+    change.dropped = 0
     slot = whole_leaf(vm, start, end, &level)
-    if slot and (not vm.contexts_used or level == FINAL_LEVEL and drop_page_shadows(vm, start, change)):
+    if vm.contexts_used:
+        owed_begin(&vm.owed)
+        if slot and (level != FINAL_LEVEL or not drop_page_shadows(vm, start, change)):
+            slot = 0
+    if slot:
         remove_host_leaf(vm, slot)
     else:
         unmap_locked(vm, start, end, drop_partial, True, change)
-    finish(vm, change)
+    if vm.contexts_used:
+        owed_end(&vm.owed)
+    change.ticket = vm.owed.seq
+    unlock_exclusive(&vm.lock)
 
 
 cdef uint64_t host_desc(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const host_attrs_t *attrs) noexcept nogil:

@@ -29,7 +29,7 @@ from s2shadow.tlbi cimport (
 )
 from s2shadow.vm cimport (
     CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, TEARDOWN_REVERSE_MAP,
-    context_t, forget_guest_path, kernel_steps_per_context, read_tag, remembered_slot, tlbi_class_t, tlbi_counts_t,
+    context_t, forget_guest_path, kernel_steps_per_context, read_tag, remembered_page, tlbi_class_t, tlbi_counts_t,
 )
 
 cdef enum:
@@ -88,11 +88,11 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
     cdef uint8_t larger = 0
     slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
     if largest <= vm.arena.granule_bits:
-        known = remembered_slot(vm, context.shadow.context, ipa, vm.arena.granule_bits, FINAL_LEVEL)
+        known = remembered_page(vm, context.shadow.context, ipa, vm.arena.granule_bits + vm.arena.slot_bits, FINAL_LEVEL)
         if known:
-            slot = known
             level = FINAL_LEVEL
             shift = vm.arena.granule_bits
+            slot = known << vm.arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
     while True:
         while largest > shift:
             larger |= tags & -tags

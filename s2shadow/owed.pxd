@@ -47,6 +47,7 @@ cdef void append(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t e
 cdef void owe_context(owed_t *owed, uint32_t context) noexcept nogil
 cdef void owe_stage1(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64_t end, int level, uint16_t asid,
                      bint last_level) noexcept nogil
+cdef void owe_touched(owed_t *owed) noexcept nogil
 cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil
 cdef uint32_t owed_take(owed_t *owed, hw_tlbi_t *out, uint32_t limit) noexcept nogil
 
@@ -94,11 +95,11 @@ cdef inline void owe_leaf(owed_t *owed, uint32_t context, uint64_t start, uint64
 cdef inline void owed_end(owed_t *owed) noexcept nogil:
     """Finish an operation: the stage 1 of every context that it touched goes too."""
     cdef uint32_t vmid
-    while owed.touched_count:
-        owed.touched_count -= 1
-        vmid = owed.touched_list[owed.touched_count]
+    if owed.touched_count == 1 and owed.count < owed.capacity:
+        owed.touched_count = 0
+        vmid = owed.touched_list[0]
         owed.touched[vmid] = 0
-        if owed.count == owed.capacity:
-            append(owed, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY, 0, False)
-        elif not owed.whole[vmid]:
+        if not owed.whole[vmid]:
             put(owed, owed.seq, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY, 0, False)
+    elif owed.touched_count:
+        owe_touched(owed)

@@ -86,6 +86,18 @@ cdef void owe_stage1(owed_t *owed, int op, uint32_t vmid, uint64_t start, uint64
         append(owed, op, vmid, start, end, level, asid, last_level)
 
 
+cdef void owe_touched(owed_t *owed) noexcept nogil:
+    cdef uint32_t vmid
+    while owed.touched_count:
+        owed.touched_count -= 1
+        vmid = owed.touched_list[owed.touched_count]
+        owed.touched[vmid] = 0
+        if owed.count == owed.capacity:
+            append(owed, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY, 0, False)
+        elif not owed.whole[vmid]:
+            put(owed, owed.seq, TLBI_VMALL, vmid, 0, 0, LEVEL_ANY, 0, False)
+
+
 cdef void owe_relaxed(owed_t *owed, uint32_t context, uint64_t start, uint64_t end, int level) noexcept nogil:
     """A leaf gained permissions (shared side): its old entry may go on denying until it is invalidated."""
     if not owed.track:

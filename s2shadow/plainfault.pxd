@@ -18,7 +18,7 @@ from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
 from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t
 from s2shadow.vm cimport (
-    EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, fault_t, guest_table_t, plain_t, remembered_slot,
+    EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, fault_t, guest_table_t, plain_t, remembered_page,
     vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_t
@@ -40,8 +40,9 @@ cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t acc
     if access & ACCESS_PTW or not plain.perm or required_perm(access) & ~plain.perm:
         return False
     # the shadow's slot
-    slot = remembered_slot(vm, vcpu.context, ipa, plain.shadow_shift, plain.shadow_level)
-    if not slot or peek64(vm.arena.words + slot) or not vm.arena.pages[page_of(&vm.arena, slot)].has_links:
+    page = remembered_page(vm, vcpu.context, ipa, plain.shadow_span, plain.shadow_level)
+    slot = page << bits | (<uint32_t>(ipa >> plain.shadow_shift) & mask)
+    if not page or peek64(vm.arena.words + slot) or not vm.arena.pages[page].has_links:
         return False
     # L1's leaf
     table = &plain.guest[ipa >> plain.guest_span & (LEAF_TABLES - 1)]

@@ -246,14 +246,11 @@ cdef inline void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept no
     change.end = end
 
 
-cdef inline uint32_t remembered_slot(const vm_t *vm, uint32_t index, uint64_t ipa, int shift, int level) noexcept nogil:
-    """The shadow's slot of ``level`` (entries of 1 << ``shift`` bytes) for ``ipa`` where its table is remembered and
-    still is that table; else 0."""
-    cdef int bits = vm.arena.slot_bits, span = shift + bits
+cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ipa, int span, int level) noexcept nogil:
+    """The shadow's table of ``level``, of 1 << ``span`` bytes, that ``ipa`` lies in, if it is remembered and still is
+    that table; else 0."""
     cdef uint32_t page = load32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
-    if not is_page_of(&vm.arena.pages[page], ipa >> span << span, index, level):
-        return 0
-    return page << bits | (<uint32_t>(ipa >> shift) & ((<uint32_t>1 << bits) - 1))
+    return page if is_page_of(&vm.arena.pages[page], ipa >> span << span, index, level) else 0
 
 
 cdef inline uint64_t read_tag(uint64_t desc) noexcept nogil:
