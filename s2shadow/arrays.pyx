@@ -13,15 +13,15 @@ cdef extern from "numpy/arrayobject.h":
 cnp.import_array()
 
 
-cdef inline bint fits(object array, int type_number, int64_t n):
-    """Whether an array is a vector of this type that C can read, and of ``n`` elements unless that is negative."""
-    return (cnp.PyArray_Check(array) and cnp.PyArray_TYPE(array) == type_number and cnp.PyArray_NDIM(array) == 1
-            and cnp.PyArray_ISCARRAY_RO(array) and (n < 0 or cnp.PyArray_DIM(array, 0) == n))
+cdef inline bint are_addresses(object array):
+    """Whether an array is a vector of uint64 that C can read as it is."""
+    return (cnp.PyArray_Check(array) and cnp.PyArray_TYPE(array) == cnp.NPY_UINT64 and cnp.PyArray_NDIM(array) == 1
+            and cnp.PyArray_ISCARRAY_RO(array))
 
 
 cdef object take_addresses(object ipas, batch_t *batch):
     """A C-contiguous uint64 vector, without a copy where possible."""
-    if not fits(ipas, cnp.NPY_UINT64, -1):
+    if not are_addresses(ipas):
         ipas = as_addresses(ipas)
     batch.ipas = <const uint64_t *>cnp.PyArray_DATA(ipas)
     batch.n = cnp.PyArray_DIM(ipas, 0)

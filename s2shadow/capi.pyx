@@ -74,9 +74,6 @@ cdef extern from *:
         return status;
     }
     static const char *s2_last_error(void) { return s2_message; }
-
-    #define S2_SAME_PLACE(a, b, field) \\
-        _Static_assert(offsetof(a, field) == offsetof(b, field), #a " and " #b " differ in " #field)
     """
     # Leave a message for last_error(); the status. Addresses are given as unsigned long long.
     int fail "s2_fail"(int status, const char *format, ...) noexcept nogil
@@ -330,6 +327,8 @@ cdef void api_destroy(s2s_vm_t *vm) noexcept nogil:
 
 
 cdef int own_memory(const handle_t *handle) noexcept nogil:
+    if handle == NULL:
+        return fail(S2S_E_INVALID, "vm must not be NULL")
     if handle.shared != NULL:
         return fail(S2S_E_STATE, "the memory of a NestedVM is its GuestMemory: change that")
     return S2S_OK
@@ -631,10 +630,12 @@ cdef answered_t ask_populate(handle_t *handle, uint64_t cipa, uint8_t access) no
     lock_shared_other(&vm.lock)
     seq = vm.host_seq
     still = vm.populate == POPULATE_CALLABLE
+    if handle.shared == NULL and region_over(handle.own.map, cipa, 1) == NULL:
+        still = False                       # its region went meanwhile
     populate, opaque = handle.populate, handle.populate_opaque
     unlock_shared_other(&vm.lock)
     if not still:
-        return ANSWERED                     # it was replaced meanwhile: start over
+        return ANSWERED                     # start over
     if populate == NULL:
         return ANSWERED_NOTHING             # the callable is Python's
     memset(&mapping, 0, sizeof(mapping))

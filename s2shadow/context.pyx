@@ -4,7 +4,7 @@ from s2shadow.arch cimport FINAL_LEVEL
 from s2shadow.atomics cimport load64
 from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, visit_context, visit_init, visit_t
-from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
+from s2shadow.lock cimport breathe
 from s2shadow.owed cimport owe_context, owed_begin, owed_end
 from s2shadow.table cimport arena_t, child_page, is_table, page_cost, page_t, table_init
 from s2shadow.vm cimport DROP_CHUNK, NO_CONTEXT
@@ -49,9 +49,7 @@ cdef void empty_context(vm_t *vm, uint32_t index) noexcept nogil:
     visit.budget = DROP_CHUNK
     intervals_lose(vm.contexts[index].intervals)
     while not visit_context(vm, &vm.contexts[index], &visit):
-        unlock_exclusive(&vm.lock)
-        sched_yield()
-        lock_exclusive(&vm.lock)
+        breathe(&vm.lock)
         visit.budget = DROP_CHUNK
     intervals_reset(vm.contexts[index].intervals)
 

@@ -733,7 +733,7 @@ cdef class _Engine:
         out = np.zeros(n, dtype=np.uint64)
         if n == 0:
             return out
-        raw = np.ascontiguousarray(ops).view(np.uint8)
+        raw = np.array(ops).view(np.uint8)  # a copy: what was checked must not change
         rows = <tlbi_request_t *>&raw[0]
         removed = out
         for i in range(n):                  # nothing is applied unless everything can be
@@ -1037,7 +1037,7 @@ cdef class VCPU:
                 out[at].kind = KIND_RETRY
             elif self.ask(self.c.asked_cipa, masks[at * stride]):
                 continue
-            self.c.kinds[out[at].kind] += 1
+            self.c.kinds[out[at].kind & 7] += 1     # of the user's array, which populate may have written
             at += 1
 
     cdef bint ask(self, uint64_t cipa, uint8_t access) except -1:

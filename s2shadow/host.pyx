@@ -21,7 +21,7 @@ from s2shadow.leaf cimport (
     OP_AGE, OP_DROP, OP_NARROW, cursor_init, cursor_t, drop_everything, drop_list, evict, mark_young,
     visit_canonical, visit_context, visit_init, visit_lists, visit_t,
 )
-from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
+from s2shadow.lock cimport breathe, lock_exclusive, unlock_exclusive
 from s2shadow.memory cimport region_t
 from s2shadow.owed cimport owed_begin, owed_end
 from s2shadow.rmap cimport rmap_find
@@ -51,13 +51,6 @@ cdef inline uint8_t granted_perm(uint64_t desc) noexcept nogil:
     """What the host grants, also while dirty logging withholds W."""
     cdef uint8_t perm = s2ap_xn_to_perm(desc, True)
     return perm | ACCESS_WRITE if desc & DESC_HOST_W else perm
-
-
-cdef void breathe(vm_t *vm) noexcept nogil:
-    """Let others have the lock for a moment."""
-    unlock_exclusive(&vm.lock)
-    sched_yield()
-    lock_exclusive(&vm.lock)
 
 
 cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t end) noexcept nogil:
@@ -246,7 +239,7 @@ cdef void unmap_locked(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial
         if unmap_chunk(vm, at, stop, chunked, change):
             at = stop
         if at < end:
-            breathe(vm)
+            breathe(&vm.lock)
     if chunked:
         forget_active(vm, start, end)
 
@@ -362,7 +355,7 @@ cdef bint room_for(vm_t *vm, uint64_t pages) noexcept nogil:
 cdef void await_inactive(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
     """Wait until no invalidation works on the range: what it has taken away must not come back before it is done."""
     while overlaps_active(vm, start, end):
-        breathe(vm)
+        breathe(&vm.lock)
 
 
 cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs, uint64_t max_block,
@@ -519,7 +512,7 @@ cdef bint visit_chunked(vm_t *vm, visit_t *visit, change_t *change) noexcept nog
             cursor_init(vm, visit, &cursor)
             paused = True
             while True:
-                breathe(vm)
+                breathe(&vm.lock)
                 visit.budget = DROP_CHUNK
                 if visit_lists(vm, visit, &cursor):
                     break
@@ -537,7 +530,7 @@ cdef void rest(vm_t *vm, change_t *change) noexcept nogil:
     if change.work >= DROP_CHUNK:
         change.work = 0
         if has_reverse_map(vm):
-            breathe(vm)
+            breathe(&vm.lock)
 
 
 cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
@@ -703,7 +696,7 @@ cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, cha
                 withhold_write(vm, at, stop)
             at = stop
             if has_reverse_map(vm) and at < ranges[i].end:
-                breathe(vm)
+                breathe(&vm.lock)
     finish(vm, change)
 
 

@@ -21,7 +21,7 @@ from s2shadow.replayreport import (
     trace_text,
     verdict_text,
 )
-from s2shadow.report import bytes_text, count_text, ratio_text, time_text, write_whole
+from s2shadow.report import bytes_text, count_text, printable, ratio_text, time_text, write_whole
 
 __all__ = ["command_line", "report_page", "write_report"]
 
@@ -125,7 +125,7 @@ def report_page(result: dict[str, Any]) -> str:
 
 def escape(text: object) -> str:
     """Text that HTML shows as it is; control characters, which HTML forbids, as U+FFFD."""
-    return html.escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text)))
+    return html.escape(printable(str(text)))
 
 
 def json_data(result: dict[str, Any]) -> str:
@@ -328,7 +328,7 @@ def command_line(config: dict[str, Any]) -> str:
 
 
 def memslot_text(slot: dict[str, int]) -> str:
-    vm = f",vm={slot['vm']}" if slot.get("vm") else ""
+    vm = f",vm={slot['vm']}" if slot["vm"] else ""
     return f"gpa={slot['gpa']:#x},hva={slot['hva']:#x},size={slot['size']:#x}{vm}"
 
 

@@ -87,16 +87,14 @@ class Journal:
     def write_heading(self) -> None:
         os.ftruncate(self.file, 0)
         os.lseek(self.file, 0, os.SEEK_SET)
-        self.write(self.heading)
+        self.write(json.dumps(self.heading).encode() + b"\n")
 
     def append(self, record: dict[str, Any]) -> None:
         """``OSError`` if it cannot be stored: the journal is then as it was."""
-        self.write(record)
+        self.write(sealed(json.dumps(record, allow_nan=False)))
         self.records.append(record)
 
-    def write(self, record: dict[str, Any]) -> None:
-        text = json.dumps(record, allow_nan=False)
-        line = sealed(text) if record is not self.heading else text.encode() + b"\n"
+    def write(self, line: bytes) -> None:
         start = os.lseek(self.file, 0, os.SEEK_CUR)
         try:
             while line:

@@ -49,8 +49,8 @@ cdef bint visit_canonical(vm_t *vm, visit_t *visit) noexcept nogil
 cdef void cursor_init(const vm_t *vm, const visit_t *visit, cursor_t *cursor) noexcept nogil
 cdef bint visit_lists(vm_t *vm, visit_t *visit, cursor_t *cursor) noexcept nogil
 cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil
-cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil
 cdef uint64_t drop_list(vm_t *vm, uint32_t head, uint64_t budget) noexcept nogil
+cdef void drop_leaf(vm_t *vm, uint32_t slot) noexcept nogil
 cdef bint drop_below(vm_t *vm, uint32_t slot) noexcept nogil
 cdef void drop_tables(vm_t *vm, context_t *context) noexcept nogil
 cdef uint64_t drop_everything(vm_t *vm) noexcept nogil

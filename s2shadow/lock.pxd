@@ -100,6 +100,13 @@ cdef extern from *:
     int sched_yield() noexcept nogil
 
 
+cdef inline void breathe(lock_t *lock) noexcept nogil:
+    """Let others have the lock for a moment, in an exclusive section."""
+    unlock_exclusive(lock)
+    sched_yield()
+    lock_exclusive(lock)
+
+
 cdef inline void lock_shared_other(lock_t *lock) noexcept nogil:
     """For whoever is no vCPU."""
     lock_shared(lock, lock_reader(lock, 0))

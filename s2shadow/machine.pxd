@@ -1,6 +1,6 @@
 # One machine without Python: set-up and teardown of a ``vm_t``, and what NestedVM and the C API do with one alike.
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.host cimport host_attrs_t

@@ -85,7 +85,6 @@ cdef setup_t vm_init(vm_t *vm, const plan_t *plan) noexcept nogil:
     for i in range(plan.vcpus):
         vm.vcpus[i].context = NO_CONTEXT
         vm.vcpus[i].reader = lock_reader(&vm.lock, i)
-        vm.vcpus[i].reader = lock_reader(&vm.lock, i)
         forget_path(&vm.vcpus[i].canonical_path)
     vm.dirty.input_bits = vm.features.pa_bits
     vm.dirty.page_bits = vm.features.host_granule_bits

@@ -16,7 +16,7 @@ from s2shadow.atomics cimport load64
 from s2shadow.config cimport decode_vmid
 from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, clear_leaf, drop_leaf, is_empty, visit_context, visit_init, visit_t
-from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
+from s2shadow.lock cimport breathe, lock_exclusive, unlock_exclusive
 from s2shadow.owed cimport (
     CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
     owed_begin, owed_end,
@@ -44,9 +44,7 @@ cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept no
     cdef uint64_t generation = context.generation
     visit.budget = DROP_CHUNK
     while not visit_context(vm, context, visit):
-        unlock_exclusive(&vm.lock)
-        sched_yield()
-        lock_exclusive(&vm.lock)
+        breathe(&vm.lock)
         if context.generation != generation or not context.valid:
             return False
         visit.budget = DROP_CHUNK
@@ -88,7 +86,8 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
     cdef uint8_t larger = 0
     slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
     if largest <= vm.arena.granule_bits:
-        known = remembered_page(vm, context.shadow.context, ipa, vm.arena.granule_bits + vm.arena.slot_bits, FINAL_LEVEL)
+        known = remembered_page(vm, context.shadow.context, ipa, vm.arena.granule_bits + vm.arena.slot_bits,
+                                FINAL_LEVEL)
         if known:
             level = FINAL_LEVEL
             shift = vm.arena.granule_bits
@@ -107,7 +106,7 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
         shift -= vm.arena.slot_bits
         slot = child_page(&vm.arena, desc) << vm.arena.slot_bits | (<uint32_t>(ipa >> shift) & mask)
     if desc & DESC_VALID and tags >> read_tag(desc) & 1:
-        if vm.teardown == TEARDOWN_REVERSE_MAP:
+        if vm.teardown == TEARDOWN_REVERSE_MAP:     # in line: this is what the budget is of
             rmap_unlink(&vm.rmap, slot)
             clear_leaf(vm, slot)
         else:

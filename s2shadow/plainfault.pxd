@@ -5,7 +5,7 @@
 # host's and the shadow's tables are hints: each is believed only as far as the page itself says what it is. Whatever is
 # not plain is left, untouched, to the long way (fault.pyx), which decides everything and teaches this one.
 
-from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport (
     ACCESS_PTW, DESC_AF, DESC_CONTIGUOUS, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_SH_SHIFT, DESC_XN,

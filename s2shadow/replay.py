@@ -476,4 +476,5 @@ def config_dict(config: ReplayConfig) -> dict[str, Any]:
     return {"trace": os.fspath(config.trace), "role": config.role,
             "memory": None if config.memory is None else os.fspath(config.memory),
             "teardown": list(config.policies), "tlbi": config.tlbi, "vcpus": config.vcpus, "contexts": config.contexts,
-            "memslots": [{"gpa": slot.gpa, "hva": slot.hva, "size": slot.size} for slot in config.memslots]}
+            "memslots": [{"gpa": slot.gpa, "hva": slot.hva, "size": slot.size, "vm": slot.vm}
+                         for slot in config.memslots]}

@@ -130,6 +130,11 @@ def encodable(text: str, stream: TextIO) -> str:
     return shown.encode("ascii", "backslashreplace").decode()
 
 
+def printable(text: str) -> str:
+    """``text`` with U+FFFD for what is no letter, mark or line end: control and format characters."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def can_encode(text: str, stream: TextIO) -> bool:
     try:
         text.encode(getattr(stream, "encoding", None) or "utf-8")

@@ -7,7 +7,7 @@
 
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
-from s2shadow.arch cimport FINAL_LEVEL, level_shift
+from s2shadow.arch cimport level_shift
 from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
 from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 

@@ -105,9 +105,11 @@ class Results:
 def check_record(record: dict[str, Any], config: StormConfig) -> None:
     """``TypeError``, ``ValueError`` or ``KeyError`` for what would make no row."""
     expect(str, finished=record["finished"])
-    expect(int, worker_deaths=record["worker_deaths"], workers=0 if record["workers"] is None else record["workers"])
+    expect(int, worker_deaths=record["worker_deaths"])
+    expect((int, type(None)), workers=record["workers"])
     if "error" in record:
-        return expect(str, host="" if record["host"] is None else record["host"], error=record["error"])
+        expect((str, type(None)), host=record["host"])
+        return expect(str, error=record["error"])
     expect(str, host=record["host"])
     result = record["result"]
     for policy in config.teardown:

@@ -25,6 +25,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from s2shadow.report import printable
 from s2shadow.storm import StormConfig, run
 
 __all__ = ["Crew", "DaskExecutor", "SweepError", "WorkerPool", "dask_executor", "reason", "run_point"]
@@ -56,13 +57,13 @@ def run_point(config: StormConfig) -> dict[str, Any]:
 
 def reason(error: BaseException) -> str:
     """An exception in one line."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, MemoryError):
         return f"out of memory: {text}" if text else "out of memory"
     if isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":
         return "the worker died"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return printable(error.strerror)
     if isinstance(error, ValueError | RuntimeError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -6,7 +6,7 @@
 from libc.stdint cimport int64_t, int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
-from s2shadow.atomics cimport bump16, fetch_add16, load64, peek64, store64
+from s2shadow.atomics cimport bump16, fetch_add16, peek64, store64
 from s2shadow.pageset cimport pageset_t
 
 cdef enum:
@@ -34,7 +34,6 @@ ctypedef struct page_t:
     uint16_t holds[GUEST_LEVELS]
     uint16_t context
     int8_t level
-    uint8_t in_use
     uint8_t has_links           # a leaf was installed: its links are accounted for
     uint8_t is_root
     uint32_t node               # canonical pages: the reverse-map node of the same block when last seen, or 0
@@ -104,7 +103,7 @@ cdef bint charge_links(arena_t *arena, page_t *meta) noexcept nogil
 cdef void first_of_level(arena_t *arena, page_t *meta, int tag) noexcept nogil
 cdef void root_in_use(arena_t *arena) noexcept nogil
 cdef bint last_leaf_removed(arena_t *arena, uint32_t page, int tag) noexcept nogil
-cdef bint leaves_removed(arena_t *arena, uint32_t page, const uint16_t *counts) noexcept nogil
+cdef void leaves_removed(arena_t *arena, uint32_t page, const uint16_t *counts) noexcept nogil
 cdef bint table_tidy(arena_t *arena, const table_t *table, uint64_t ipa) noexcept nogil
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil
 cdef bint unpin_page(arena_t *arena, uint32_t page) noexcept nogil

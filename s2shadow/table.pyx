@@ -109,9 +109,7 @@ cdef uint32_t take_page(arena_t *arena) noexcept nogil:
         page = arena.next_page
         arena.next_page += 1
     pthread_mutex_unlock(&arena.lock)
-    if page:
-        arena.pages[page].in_use = 1
-    else:
+    if not page:
         arena_refund(arena, &arena.table_bytes, page_cost(arena))
     return page
 
@@ -318,8 +316,8 @@ cdef bint last_leaf_removed(arena_t *arena, uint32_t page, int tag) noexcept nog
     return entry_removed(arena, page)
 
 
-cdef bint leaves_removed(arena_t *arena, uint32_t page, const uint16_t *counts) noexcept nogil:
-    """Count the leaves of a page that were cleared, by guest level + 2; True if that freed it (exclusive side)."""
+cdef void leaves_removed(arena_t *arena, uint32_t page, const uint16_t *counts) noexcept nogil:
+    """Count the leaves of a pinned page that were cleared, by guest level + 2 (exclusive side)."""
     cdef page_t *meta = &arena.pages[page]
     cdef uint16_t all = 0
     cdef int tag
@@ -328,10 +326,7 @@ cdef bint leaves_removed(arena_t *arena, uint32_t page, const uint16_t *counts) 
             all += counts[tag]
             bump16(&meta.holds[tag], 1 - counts[tag])
             holds_less(arena, meta, tag)
-    if not all:
-        return False
-    bump16(&meta.live, 1 - all)
-    return entry_removed(arena, page)
+    bump16(&meta.live, -all)
 
 
 cdef void pin_page(arena_t *arena, uint32_t page) noexcept nogil:

@@ -490,21 +490,21 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
     address is described likewise."""
     cdef walks_t walks
     cdef walk_t row                         # not the user's array, which another thread may write
-    cdef uint64_t attributes = 0, desc, ipa, span = 0, head = 0
+    cdef uint64_t attributes = ~<uint64_t>0, desc, ipa, span = 0, head = 0          # no leaf says that
+    cdef uint64_t shape = ~(config.oa.mask & config.output_mask)                    # all but an address in range
     cdef int64_t first = 0, last, i
     cdef uint8_t access, same_access = 0
     cdef int8_t same_level = 0
-    cdef bint together = False
+    cdef bint together
     while first < n:
         last = first + WALKS_TOGETHER if n - first > WALKS_TOGETHER else n
-        if config.plain and last - first > 1:
-            together = look_ahead(view, config, ipas + first, last - first, &walks)
+        together = config.plain and last - first > 1 and look_ahead(view, config, ipas + first, last - first, &walks)
         for i in range(last - first):
             access = masks[(first + i) * stride]
             ipa = ipas[first + i]
             if together:
                 desc = load64(walks.entries[i])
-                if desc & ~config.oa.mask == attributes and walks.levels[i] == same_level and access == same_access:
+                if desc & shape == attributes and walks.levels[i] == same_level and access == same_access:
                     memcpy(out + first + i, &head, sizeof(head))
                     out[first + i].pa = ((desc & config.oa.mask ^ ipa) & -span) ^ ipa
                     out[first + i].size = span
@@ -513,7 +513,7 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
                     continue
                 if plain_leaf(config, ipa, desc, walks.addresses[i], walks.levels[i],
                               config.shifts[walks.levels[i] + 1], access, &row):
-                    attributes = desc & ~config.oa.mask
+                    attributes = desc & shape
                     same_level = walks.levels[i]
                     same_access = access
                     span = row.size
@@ -523,7 +523,6 @@ cdef void walk_run(mem_view_t *view, const s2_config_t *config, const uint64_t *
             walk_stage2(view, config, ipa, access, update, &row)
             out[first + i] = row
         first = last
-        together = False
 
 
 cdef class Walk:

@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, settings
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 # helpers that assert: let a failure say what differs
-pytest.register_assert_rewrite("lockstep", "oracle", "rig", "twostages", "vectors")
+pytest.register_assert_rewrite("hostile", "lockstep", "mutate", "oracle", "rig", "twostages", "vectors")
+
+from seed import SEED  # noqa: E402 (of a module that all tests share: this one is imported under another name)
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", deadline=None, max_examples=100, suppress_health_check=SLOW)
 settings.register_profile("long", deadline=None, max_examples=5000, suppress_health_check=SLOW)
 settings.load_profile("long" if os.environ.get("S2SHADOW_LONG") == "1" else "default")
 
-SEED = int(os.environ.get("S2SHADOW_SEED") or str(int.from_bytes(os.urandom(6))), 0)
 NOTES = pytest.StashKey[list[str]]()
 
 

@@ -353,13 +353,7 @@ class Hostile:
     def batch(self, rng, count=12):
         self.rng, vcpu = rng, self.vcpu(rng)
         ipas = np.array([self.ipa(rng, vcpu) for _ in range(rng.randrange(1, count))], np.uint64)
-        masks = np.array([rng.choice(ACCESSES) for _ in ipas], np.uint8)
-        try:
-            got = vcpu.fault_many(ipas, masks)
-        except MemoryError:  # from populate
-            assert self.bound
-            return
-        self.judge(got, masks)
+        self.touch(vcpu, ipas, np.array([rng.choice(ACCESSES) for _ in ipas], np.uint8))
 
     def judge(self, got, masks, steady=True):
         """Each access that was let through is one that the host allows, to where the host says."""
@@ -392,9 +386,10 @@ class Hostile:
         self.touch(vcpu, ipas, access)
 
     def touch(self, vcpu, ipas, access):
+        """One batch, judged; ``access`` is one mask or one for each."""
         try:
             got = vcpu.fault_many(ipas, access)
-        except MemoryError:
+        except MemoryError:  # from populate
             assert self.bound
             return
         self.judge(got, np.full(len(ipas), access, np.uint8))
@@ -479,14 +474,7 @@ class Hostile:
     def raced_faults(self, rng):
         vcpu, access = self.vcpu(rng), rng.choice((1, 2, 4))
         ipas, self.rng = np.array([self.ipa(rng, vcpu) for _ in range(20)] * 30, np.uint64), rng
-
-        def victim():
-            try:
-                self.judge(vcpu.fault_many(ipas, access), np.full(len(ipas), access, np.uint8))
-            except MemoryError:
-                assert self.bound
-
-        self.raced(rng, victim)
+        self.raced(rng, lambda: self.touch(vcpu, ipas, access))
 
     def raced_host(self, rng):
         """L2 runs on one vCPU while the host changes what is under it."""

@@ -285,3 +285,58 @@ def test_small_machines_stay_small():
     assert (r.vcpu.fault_many(DENSE[:1000], READ)["kind"] == MAPPED).all()
     assert resident() - before < 4 * M
     assert r.vcpu.fault(1 << 38).kind == L1_FAULT
+
+
+# what a batch once said otherwise
+
+
+def alike(tables, ipas, access=READ):
+    """A batch says what walks one by one say."""
+    config = s2shadow.Stage2Config(vttbr=tables.vttbr(), vtcr=tables.vtcr, hcr=s2shadow.HCR_VM)
+    mem = tables.read.__self__
+    rows = s2shadow.walk_many(mem, config, np.array(ipas, dtype=np.uint64), access)
+    for ipa, row in zip(ipas, rows, strict=True):
+        one = s2shadow.walk(mem, config, ipa, access)
+        assert (row["status"], row["fsc"], row["pa"], row["size"]) == (one.status, one.fsc, one.pa, one.size), hex(ipa)
+    return rows
+
+
+def test_a_leaf_beyond_the_output_size_after_one_within():
+    """Equal in all but their addresses, of which one is beyond VTCR.PS: an Address size fault."""
+    r = Rig()
+    r.tables.map(0, DATA)
+    r.tables.map(PAGE, 1 << 41)
+    r.tables.map(2 * PAGE, DATA)
+    r.tables.vtcr = r.tables.vtcr & ~(7 << 16) | 2 << 16  # 40 bits
+    rows = alike(r.tables, [0, PAGE, 2 * PAGE])
+    assert rows["fsc"].tolist() == [0, 3, 0]
+
+
+def test_an_access_that_needs_nothing_finds_nothing():
+    r = Rig()
+    r.tables.map(0, DATA)
+    assert alike(r.tables, [G, 2 * G, PAGE, 0, G], access=0)["status"].tolist() == [1, 1, 1, 0, 1]
+
+
+def test_tlbis_of_a_read_only_array():
+    r = Rig()
+    r.tables.map(0, DATA)
+    assert r.fault(0).kind == MAPPED
+    ops = np.zeros(2, dtype=s2shadow.TLBI_OP_DTYPE)
+    ops["insn"] = 0xD50C_8020  # IPAS2E1IS of IPA 0
+    ops.setflags(write=False)
+    assert r.vm.tlbi_many(ops).tolist() == [1, 0]
+
+
+def test_a_populate_that_writes_into_the_batch():
+    """What it writes counts for nothing but that element's kind."""
+    r = Rig(host=False)
+    r.tables.map_range(0, DATA, 4 * PAGE)
+    out = np.zeros(4, dtype=s2shadow.FAULT_DTYPE)
+
+    def nothing(_cipa, _access):
+        out["kind"] = 255
+
+    r.vm.host.populate = nothing
+    r.vcpu.fault_many(np.arange(4, dtype=np.uint64) * PAGE, READ, out=out)
+    r.vm.check()

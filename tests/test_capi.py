@@ -31,7 +31,8 @@ from capitable import (
     api,
     native,
 )
-from conftest import SEED
+from capitable import call as check
+from seed import SEED
 
 PAGE, SIZE = 4096, 1 << 22
 ROOT, LEVEL_2, LEVEL_3 = 0x1000, 0x2000, 0x3000
@@ -296,11 +297,6 @@ def test_regions_are_checked_and_nothing_changes(vm):
         refused(INVALID, text, lambda a=arguments: check(api.add_ram(vm.handle, *a)))
     refused(INVALID, "no region starts", vm.remove, PAGE)
     assert vm.fault(0).kind == s2.MAPPED
-
-
-def check(status):
-    if status:
-        raise Failed(status)
 
 
 def test_kinds_of_regions(vm):
@@ -778,3 +774,11 @@ def test_a_vcpu_in_use_by_python_is_busy(nested):
     nested.host.populate = populate
     assert nested.vcpus[0].fault(0).kind == s2.MAPPED
     assert seen == [BUSY]
+
+
+def test_no_vm():
+    """Every call that changes memory says so."""
+    words = aligned(PAGE)
+    refused(INVALID, "vm must not be NULL", lambda: check(api.add_ram(None, 0, PAGE, words.ctypes.data, 0)))
+    refused(INVALID, "vm must not be NULL", lambda: check(api.add_device(None, 0, PAGE)))
+    refused(INVALID, "vm must not be NULL", lambda: check(api.remove_region(None, 0, None)))

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # What is imported and cimported is what these tests see, however it was installed.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(s2shadow.__file__).parents[1]), *sys.path])}
 
-pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 
 
 def run(*command, cwd, **environment):
@@ -28,6 +28,7 @@ def copied(name, tmp_path):
     return Path(shutil.copytree(EXAMPLES / name, tmp_path / name, ignore=shutil.ignore_patterns("embed", "build")))
 
 
+@needs_compiler
 @pytest.mark.skipif(not shutil.which("make"), reason="no make")
 def test_c_program(tmp_path):
     shown = run("make", "-s", "-B", "run", f"PYTHON={sys.executable}", cwd=copied("embed_c", tmp_path))
@@ -35,6 +36,7 @@ def test_c_program(tmp_path):
     assert "every invariant holds" in shown and "tables behind callbacks" in shown
 
 
+@needs_compiler
 def test_cython_extension(tmp_path):
     folder = copied("cython_ext", tmp_path)
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=folder)

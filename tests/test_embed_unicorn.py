@@ -765,6 +765,8 @@ def test_detach_leaves_unicorn_as_it_was(machine):
     assert not list(machine.uc.mem_regions())
     with pytest.raises(RuntimeError, match="detached"):
         machine.cpu.run(CODE)
+    with pytest.raises(RuntimeError, match="detached"):
+        machine.cpu.map_ram(POOL + M, bytearray(PAGE))  # nobody would hold it
     machine.cpu.detach()
     again = embed.attach(machine.uc, machine.vm)
     again.map_memory(OFFSET)

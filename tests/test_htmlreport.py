@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from browser import Browser, find_browser
 from s2shadow.cli import main, make_parser
 from s2shadow.commands.replay import replay_values
-from s2shadow.htmlreport import FIGURES, command_line, nice_scale, report_page, write_report
+from s2shadow.htmlreport import FIGURES, command_line, memslot_text, nice_scale, report_page, write_report
 from s2shadow.htmlstyle import STYLE
-from s2shadow.memslots import Memslot
+from s2shadow.memslots import Memslot, parse_memslot
 from s2shadow.replay import ReplayConfig, config_dict
 
 DATA = Path(__file__).parent / "data"
@@ -610,3 +610,11 @@ def test_browser_shows_what_it_should_complain_of(browser, tmp_path):
     browser.open(file, 360, 800, "light")
     assert len(browser.requests) == 2
     assert browser.messages
+
+
+@pytest.mark.parametrize("vm", [0, 3])
+def test_memory_slots_are_written_as_they_are_read(vm):
+    """The command that repeats a replay names each slot whole."""
+    slot = Memslot(0x4000_0000, 0xFFFF_77E0_0000, 0x1800_0000, vm)
+    (told,) = config_dict(ReplayConfig(trace="x", memslots=(slot,)))["memslots"]
+    assert parse_memslot(memslot_text(told)) == slot

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import hostile
-from conftest import SEED
 from hostile import BASE, Breach, Hostile, K, M
 from s2shadow import HIT, MAPPED
+from seed import SEED
 
 LONG = os.environ.get("S2SHADOW_LONG") == "1"
 STEPS = 400  # of one machine

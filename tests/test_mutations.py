@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import mutate
-from conftest import SEED
 from mutate import Target
 from s2shadow.cli import main
+from seed import SEED
 from test_cli_replay import SLOT
 from test_replay import GUEST, HOST_VA, PAGE
 from tracetext import Trace

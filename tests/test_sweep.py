@@ -375,6 +375,16 @@ def test_captures_can_be_swept(spec, output):
     assert bad["error"] == "contexts must be at most 255 with 8-bit VMIDs, got 300"
 
 
+def test_a_name_that_cannot_be_shown_fails_its_point_alone(spec, tmp_path):
+    """Twice, so that the journal is read again."""
+    name = str(tmp_path / "a\u200db")
+    for _ in range(2):
+        found = spec(f"capture = {json.dumps(name)}\nteardown = 'reverse-map'")
+        result = run_sweep(found, Here(), tmp_path / "out.csv")
+        (row,) = result.rows
+        assert "a\ufffdb" in row["error"]
+
+
 def test_a_point_without_memory_fails_alone(spec, output, monkeypatch):
     real = storm.run
 

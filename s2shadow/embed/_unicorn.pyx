@@ -22,7 +22,7 @@ from s2shadow.atomics cimport cas32, load32, store32
 from s2shadow.fault cimport STEP_DONE, fault_run, step_t
 from s2shadow.lock cimport lock_exclusive, sched_yield, unlock_exclusive
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
-from s2shadow.memory cimport GuestMemory, region_t
+from s2shadow.memory cimport GuestMemory, region_over, region_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, TLBI_ALL, hw_tlbi_t, owed_take
 from s2shadow.table cimport (
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock,
@@ -543,14 +543,12 @@ cdef class Attachment:
 
     def map_region(self, uint64_t pa, uint64_t start):
         """Put the host memory of the region that begins at cIPA ``start`` at ``pa`` -> uc_err."""
-        cdef uint32_t i
         cdef const region_t *region
         self.check()
-        for i in range(self.mem.c.map.count):
-            region = &self.mem.c.map.regions[i]
-            if region.start == start:
-                return self.api.map_ptr(self.c.uc, pa, region.size, PROT_ALL, region.host)
-        raise ValueError(f"no region starts at {start:#x}")
+        region = region_over(self.mem.c.map, start, 1)
+        if region == NULL or region.start != start:
+            raise ValueError(f"no region starts at {start:#x}")
+        return self.api.map_ptr(self.c.uc, pa, region.size, PROT_ALL, region.host)
 
     def begin(self):
         """run() begins; False if it is under way already."""

@@ -32,6 +32,7 @@ What it cannot do:
 
 import ctypes
 import operator
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -127,14 +128,16 @@ class UnhandledFault(RuntimeError):
         self.abort = abort
 
 
+_hubs_lock = threading.Lock()
 _hubs: "weakref.WeakValueDictionary[int, Hub]" = weakref.WeakValueDictionary()
 
 
 def _hub(vm: NestedVM) -> Hub:
-    hub = _hubs.get(id(vm))     # it holds the VM, so that the number stands for no other
-    if hub is None:
-        hub = _hubs.setdefault(id(vm), Hub(vm))
-    return hub
+    with _hubs_lock:                # two hubs of one VM would each flush a part of its CPUs
+        hub = _hubs.get(id(vm))     # it holds the VM, so that the number stands for no other
+        if hub is None:
+            hub = _hubs[id(vm)] = Hub(vm)
+        return hub
 
 
 def sync(vm: NestedVM) -> None:
@@ -216,6 +219,8 @@ class Cpu:
 
         ``ValueError`` where address or size is not a multiple of the page, ``unicorn.UcError`` on an overlap.
         """
+        if not self._native.attached:
+            raise RuntimeError("detached from Unicorn")
         view = memoryview(buffer).cast("B")
         if view.readonly:
             raise ValueError("buffer must be writable")
