@@ -14,13 +14,13 @@ import datetime
 import platform
 import statistics
 import sys
-import threading
 from pathlib import Path
-from time import perf_counter_ns
+from time import perf_counter_ns, sleep
 
 import numpy as np
 
 import s2shadow as s2
+from beside import beside
 from nest import HCR, VTCR
 
 PAGE, BLOCK, GIB = 4 << 10, 2 << 20, 1 << 30
@@ -205,23 +205,12 @@ class Bystander:
         victim.load(vcpu, 60001, tables=1)
         self.ipas = u64(np.arange(32)) * u64(PAGE)
         self.vcpu.fault_many(self.ipas)
-        self.waits, self.stop = [], threading.Event()
-        self.thread = threading.Thread(target=self.run)
+        self.out, self.waits = np.zeros(len(self.ipas), s2.FAULT_DTYPE), []
 
-    def run(self):
-        out = np.zeros(len(self.ipas), s2.FAULT_DTYPE)
-        while not self.stop.is_set():
-            began = perf_counter_ns()
-            self.vcpu.fault_many(self.ipas, s2.READ, out=out)
-            self.waits.append(perf_counter_ns() - began)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
+    def call(self):
+        began = perf_counter_ns()
+        self.vcpu.fault_many(self.ipas, s2.READ, out=self.out)
+        self.waits.append(perf_counter_ns() - began)
 
 
 def host_events(victim, vcpu):
@@ -243,9 +232,10 @@ def host_events(victim, vcpu):
         if name.startswith("dirty_log"):
             victim.touch(everything, s2.WRITE)
         live = vm.stats.live
-        with Bystander(victim, vcpu) as bystander:
-            while len(bystander.waits) < 50:
-                pass
+        bystander = Bystander(victim, vcpu)
+        with beside(bystander.call) as failures:
+            while len(bystander.waits) < 50 and not failures:
+                sleep(0.001)
             before = len(bystander.waits)
             began = perf_counter_ns()
             event()

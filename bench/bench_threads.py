@@ -15,6 +15,7 @@ import pytest
 
 import s2shadow as s2
 from beds import scattered, sized
+from beside import beside
 from nest import DATA, HCR, PAGE, Nest
 
 THREADS = 2
@@ -117,39 +118,20 @@ def bench_faults_within_one_context(benchmark):
 
 
 class Storm:
-    """A thread that takes ranges of ``pages`` pages away and gives them back at once, and sends a TLBI each time."""
+    """Takes ranges of ``pages`` pages away and gives them back at once, and sends a TLBI each time."""
 
     def __init__(self, nest, pages):
-        self.nest, self.pages = nest, pages
-        self.events = 0
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._run)
-        self.error = None
-
-    def _run(self):
-        nest, nbytes = self.nest, self.pages * PAGE
+        self.nest, self.nbytes, self.events = nest, pages * PAGE, 0
         rng = np.random.default_rng(1)
-        places = (DATA + rng.integers(0, len(nest.canonical) // self.pages, 1 << 12) * nbytes).tolist()
-        tlbi = self.nest.vm.vcpus[-1].tlbi              # a vCPU that does not fault
-        try:
-            while not self.stop.is_set():
-                start = places[self.events % len(places)]
-                nest.vm.unmap(start, start + nbytes)
-                nest.vm.host.map(start, start + PAGE, nbytes)
-                tlbi("IPAS2E1IS", int(nest.ipas[self.events % len(nest.ipas)]) >> 12, nest.vttbrs[0], nest.vtcr, HCR)
-                self.events += 1
-        except Exception as error:
-            self.error = error
+        self.places = (DATA + rng.integers(0, len(nest.canonical) // pages, 1 << 12) * self.nbytes).tolist()
+        self.tlbi = nest.vm.vcpus[-1].tlbi              # a vCPU that does not fault
 
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.stop.set()
-        self.thread.join()
-        if self.error:
-            raise self.error
+    def event(self):
+        nest, start = self.nest, self.places[self.events % len(self.places)]
+        nest.vm.unmap(start, start + self.nbytes)
+        nest.vm.host.map(start, start + PAGE, self.nbytes)
+        self.tlbi("IPAS2E1IS", int(nest.ipas[self.events % len(nest.ipas)]) >> 12, nest.vttbrs[0], nest.vtcr, HCR)
+        self.events += 1
 
 
 @pytest.mark.benchmark(group="one thread faults beside a storm of invalidations")
@@ -174,8 +156,9 @@ def bench_faults_beside_storm(benchmark, pages):
         began = perf_counter_ns()
         run()
         alone.append(perf_counter_ns() - began)
-    with Storm(nest, pages) as storm:
-        while not storm.events and not storm.error:
+    storm = Storm(nest, pages)
+    with beside(storm.event) as failures:
+        while not storm.events and not failures:
             sleep(0.001)
         seen[:] = 0
         first, began = storm.events, perf_counter_ns()

@@ -12,6 +12,7 @@ import threading
 import numpy as np
 
 import s2shadow
+from beside import beside
 from model import tlbi as book
 from rig import AF, CONTIGUOUS, DBM, DIRTY, HD, Tables
 from s2shadow import HCR_VM, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, NO_MEMORY, RETRY, HostMapping
@@ -456,20 +457,13 @@ class Hostile:
         """``victim`` runs while another thread rewrites L1's tables."""
         slots = np.array([self.evil_slot(rng) for _ in range(64)])
         words = np.array([self.evil_word(rng) for _ in range(64)], np.uint64)
-        stop = threading.Event()
 
         def scribble():
-            while not stop.is_set():
-                self.buffer[slots] = words
-                self.buffer[slots] = np.roll(words, 7)
+            self.buffer[slots] = words
+            self.buffer[slots] = np.roll(words, 7)
 
-        thread = threading.Thread(target=scribble)
-        thread.start()
-        try:
+        with beside(scribble):
             victim()
-        finally:
-            stop.set()
-            thread.join()
 
     def raced_faults(self, rng):
         vcpu, access = self.vcpu(rng), rng.choice((1, 2, 4))
@@ -492,9 +486,11 @@ class Hostile:
 
         thread = threading.Thread(target=run)
         thread.start()
-        for _ in range(3):
-            rng.choice((self.unmap, self.host_map, self.protect))(rng)
-        thread.join()
+        try:
+            for _ in range(3):
+                rng.choice((self.unmap, self.host_map, self.protect))(rng)
+        finally:
+            thread.join()
         if writes:
             index = (writes[0].astype(np.int64) - BASE) // self.page
             self.host.written[index] |= self.host.logged[index]

@@ -1,11 +1,10 @@
 """What an L1 can make L0 spend: bytes, leaves and steps are counted here; times are in ``bench/attacks.py``."""
 
-import threading
-
 import numpy as np
 import pytest
 
 import s2shadow
+from beside import beside
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables, flags
 from s2shadow import HIT, HOST_FAULT, MAPPED, READ, RETRY, WRITE
 
@@ -138,21 +137,17 @@ def test_faults_go_on_beside(teardown):
     other.map(0, DATA + 4 * M)
     other.map(PAGE, DATA)
     r.load(7, other, n=1)
-    stop, kinds = threading.Event(), {0: set(), PAGE: set()}
+    kinds = {0: set(), PAGE: set()}
 
-    def beside():
-        while not stop.is_set():
-            for ipa, seen in kinds.items():
-                seen |= set(r.vm.vcpus[1].fault_many(np.full(20, ipa, np.uint64), WRITE)["kind"].tolist())
-                r.vm.vcpus[1].tlbi("IPAS2E1IS", ipa >> 12)
+    def fault():
+        for ipa, seen in kinds.items():
+            seen |= set(r.vm.vcpus[1].fault_many(np.full(20, ipa, np.uint64), WRITE)["kind"].tolist())
+            r.vm.vcpus[1].tlbi("IPAS2E1IS", ipa >> 12)
 
-    thread = threading.Thread(target=beside)
-    thread.start()
-    for n in range(20):
-        r.vm.host.protect(DATA, DATA + PAGE, "rx" if n % 2 else "rwx")
-        r.vm.age(DATA, DATA + PAGE)
-    stop.set()
-    thread.join()
+    with beside(fault):
+        for n in range(20):
+            r.vm.host.protect(DATA, DATA + PAGE, "rx" if n % 2 else "rwx")
+            r.vm.age(DATA, DATA + PAGE)
     assert kinds[0] <= {HIT, MAPPED} and kinds[0]
     assert kinds[PAGE] <= {HIT, MAPPED, HOST_FAULT, RETRY}
     r.vm.check()
@@ -163,26 +158,21 @@ def test_leaves_go_while_they_are_narrowed():
     """L1 invalidates the very leaves that are being narrowed: none keeps W, none is lost from the books."""
     r = aliased(vcpus=2, contexts=4)
     r.load(1, n=1)
-    stop = threading.Event()
+    rng = np.random.default_rng(1)
 
     def churn():
-        rng = np.random.default_rng(1)
-        while not stop.is_set():
-            for ipa in rng.choice(r.touch, 50):
-                r.vm.vcpus[1].tlbi("IPAS2E1IS", int(ipa) >> 12)
-            r.vm.vcpus[1].fault_many(rng.choice(r.touch, 200), READ)
+        for ipa in rng.choice(r.touch, 50):
+            r.vm.vcpus[1].tlbi("IPAS2E1IS", int(ipa) >> 12)
+        r.vm.vcpus[1].fault_many(rng.choice(r.touch, 200), READ)
 
-    thread = threading.Thread(target=churn)
-    thread.start()
-    for n in range(30):
-        r.vm.host.protect(DATA, DATA + PAGE, "rwx" if n % 2 else "r")
-        r.vcpu.fault_many(r.touch, WRITE)
-        if n % 2 == 0:
-            assert not (r.shadow()["perm"] & 2).any()
-        r.vm.age(DATA, DATA + PAGE)
-        r.vm.check()
-    stop.set()
-    thread.join()
+    with beside(churn):
+        for n in range(30):
+            r.vm.host.protect(DATA, DATA + PAGE, "rwx" if n % 2 else "r")
+            r.vcpu.fault_many(r.touch, WRITE)
+            if n % 2 == 0:
+                assert not (r.shadow()["perm"] & 2).any()
+            r.vm.age(DATA, DATA + PAGE)
+            r.vm.check()
     r.vm.check()
     r.vm.unmap(DATA, DATA + PAGE)
     assert r.vm.stats.live == 0

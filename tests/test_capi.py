@@ -2,12 +2,12 @@
 
 import ctypes
 import random
-import threading
 
 import numpy as np
 import pytest
 
 import s2shadow as s2
+from beside import beside
 from capitable import (
     BUSY,
     CALLBACK,
@@ -331,26 +331,19 @@ def test_a_region_that_is_removed_leaves_nothing(vm):
 
 def test_regions_come_and_go_beside_faults(vm):
     """The vCPUs' lists are replaced under them, and no walk reads what is not there any more."""
-    stop = threading.Event()
+    ipas = np.tile(np.arange(PAGES, dtype=np.uint64) * PAGE, 500)      # long without the GIL
 
-    def run(vcpu):
-        ipas = np.tile(np.arange(PAGES, dtype=np.uint64) * PAGE, 500)      # long without the GIL
-        while not stop.is_set():
-            status, rows = vm.fault_many(ipas, vcpu=vcpu)
-            assert status == 0 and set(rows["kind"]) <= {s2.HIT, s2.MAPPED, s2.MMIO, s2.RETRY}
+    def fault(vcpu):
+        status, rows = vm.fault_many(ipas, vcpu=vcpu)
+        assert status == 0 and set(rows["kind"]) <= {s2.HIT, s2.MAPPED, s2.MMIO, s2.RETRY}
 
     vm.load(VTTBR, VTCR, vcpu=1)
     vm.words[LEVEL_3 // 8 : LEVEL_3 // 8 + 8] = np.arange(8, dtype=np.uint64) * PAGE + SIZE | LEAF
-    threads = [threading.Thread(target=run, args=(vcpu,)) for vcpu in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for _ in range(100):
-        vm.add_ram(SIZE, aligned(8 * PAGE))
-        vm.remove(SIZE)
-        vm.kept.pop()                       # its memory goes
-    stop.set()
-    for thread in threads:
-        thread.join()
+    with beside(lambda: fault(0), lambda: fault(1)):
+        for _ in range(100):
+            vm.add_ram(SIZE, aligned(8 * PAGE))
+            vm.remove(SIZE)
+            vm.kept.pop()                   # its memory goes
     vm.check()
 
 
