@@ -306,8 +306,8 @@ typedef struct s2s_api {
 
     /* L1's physical memory. Bases and sizes are multiples of 4096 and below 2^52; regions do not overlap. ``host`` is
      * 8-byte aligned and stays the caller's: descriptors in it are read (and swapped, but for S2S_READONLY) until
-     * remove_region() returns. That also unmaps the range, as host_unmap() does. A callback that another thread has
-     * called before may still be running then: its answer is thrown away. */
+     * remove_region() returns. That also unmaps the range, as host_unmap() does. A callback that another thread's
+     * fault has called, or is about to call, may still be running then: its answer is thrown away. */
     int (*add_ram)(s2s_vm_t *vm, uint64_t cipa, uint64_t size, void *host, uint32_t flags);
     int (*add_device)(s2s_vm_t *vm, uint64_t cipa, uint64_t size);
     int (*add_callbacks)(s2s_vm_t *vm, uint64_t cipa, uint64_t size, const s2s_memory_ops_t *ops, void *opaque,
