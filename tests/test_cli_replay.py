@@ -93,7 +93,7 @@ def test_json_and_csv(call, nested, tmp_path):
     assert code == 0
     result = json.loads(file.read_text())
     assert result["schema"] == 1
-    assert result["config"]["memslots"] == [{"gpa": GUEST, "hva": HOST_VA, "size": PAGES * PAGE}]
+    assert result["config"]["memslots"] == [{"gpa": GUEST, "hva": HOST_VA, "size": PAGES * PAGE, "vm": 0}]
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["policy"] for row in rows] == list(result["policies"])
     for row, figures in zip(rows, result["policies"].values(), strict=True):
