@@ -8,7 +8,7 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport level_shift
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, store32
 from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 
 cdef enum:
@@ -144,6 +144,7 @@ cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept 
     else:
         while not cas32(rmap.heads + head, &first, slot):
             store32(link_next(rmap.arena, slot), first)
+    linger()
     if first:
         store32(link_prev(rmap.arena, first), slot)
     elif rmap.arena.alone:

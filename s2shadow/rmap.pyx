@@ -3,7 +3,7 @@
 from libc.string cimport memset
 
 from s2shadow.arch cimport FINAL_LEVEL, level_shift, level_span
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, store32
 from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
@@ -117,6 +117,7 @@ cdef uint32_t add_child(rmap_t *rmap, uint32_t name, uint64_t cipa) noexcept nog
     rmap.nodes[child].parent = name
     rmap.nodes[child].cipa = cipa >> shift << shift
     fetch_add32(&rmap.nodes[node].used, 1)
+    linger()
     if cas32(rmap.children + name, &seen, child):
         return child
     fetch_add32(&rmap.nodes[node].used, <uint32_t>-1)

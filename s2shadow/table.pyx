@@ -5,7 +5,7 @@ from libc.string cimport memset
 from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
-from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, peek64, prefetch, store64
+from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, linger, load64, peek64, prefetch, store64
 from s2shadow.pageset cimport pageset_add, pageset_destroy, pageset_init, pageset_remove
 from s2shadow.vmem cimport prefer_huge, refused, release, reserve
 
@@ -219,6 +219,7 @@ cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int lev
     meta.context = table.context
     meta.level = <int8_t>(level + 1)
     meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
+    linger()
     if cas64(arena.words + slot, &seen, table_desc(arena, page)):
         entry_added(arena, page_of(arena, slot))
         if meta.level == FINAL_LEVEL and meta.context != CANONICAL:
