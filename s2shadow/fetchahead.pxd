@@ -48,4 +48,4 @@ cdef inline void fetch_ahead(const vm_t *vm, const vcpu_t *vcpu, const uint64_t 
         page = plain.host[number >> span & (LEAF_TABLES - 1)]
         place = number >> shift & mask
         prefetch(vm.arena.words + (<uint64_t>page << bits | place))
-        prefetch(vm.rmap.heads + (<uint64_t>vm.arena.pages[page].node << bits | place))
+        prefetch(vm.rmap.heads + (<uint64_t>peek32(&vm.arena.pages[page].node) << bits | place))

@@ -11,7 +11,7 @@ from s2shadow.arch cimport (
     ACCESS_PTW, DESC_AF, DESC_CONTIGUOUS, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_SH_SHIFT, DESC_XN,
     LEVEL_STAGE2_OFF, hpfar, level_shift, required_perm,
 )
-from s2shadow.atomics cimport cas64, load64, peek64, store32, store64
+from s2shadow.atomics cimport cas64, load64, peek8, peek64, store32, store64
 from s2shadow.combine cimport combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, find_tables, region_t
@@ -42,7 +42,7 @@ cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t acc
     # the shadow's slot
     page = remembered_page(vm, vcpu.context, ipa, plain.shadow_span, plain.shadow_level)
     slot = page << bits | (<uint32_t>(ipa >> plain.shadow_shift) & mask)
-    if not page or peek64(vm.arena.words + slot) or not vm.arena.pages[page].has_links:
+    if not page or peek64(vm.arena.words + slot) or not peek8(&vm.arena.pages[page].has_links):
         return False
     # L1's leaf
     table = &plain.guest[ipa >> plain.guest_span & (LEAF_TABLES - 1)]
