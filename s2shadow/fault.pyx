@@ -22,7 +22,7 @@ from s2shadow.host cimport grant_write, populate_linear
 from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.lock cimport lock_exclusive, lock_shared, sched_yield, unlock_exclusive, unlock_shared
-from s2shadow.memory cimport find_region, region_t
+from s2shadow.memory cimport find_region, is_asking, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.plainfault cimport fault_plainly, learn_plain
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
@@ -244,6 +244,8 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     if walked.updated:
         mark_dirty(&vm.dirty, walked.desc_addr)     # L0 wrote L1's memory: migration must see it
     if walked.status:
+        if is_asking(&vcpu.view):
+            return STEP_DESCRIPTOR
         stop_at_l1(vcpu, &walked, out)
         return STEP_DONE
     out.cipa = walked.pa
@@ -483,6 +485,8 @@ cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access
             rmap_tidy(&vm.rmap, out.cipa)
         step = fault_step(vm, vcpu, ipa, access, True, out)
         owed_end(&vm.owed)
+        if step == STEP_DONE:
+            vcpu.kinds[out.kind] += 1
         unlock_exclusive(&vm.lock)
     return step
 
@@ -493,19 +497,19 @@ cdef step_t fault_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, faul
     lock_shared(&vm.lock, vcpu.reader)
     if not fault_plainly(vm, vcpu, ipa, access, out):
         step = fault_step(vm, vcpu, ipa, access, False, out)
+    if step == STEP_DONE:
+        vcpu.kinds[out.kind & 7] += 1       # under the lock: its exclusive side reads all counters
     unlock_shared(vcpu.reader)
     if step == STEP_EXCLUSIVE:
         step = fault_exclusive(vm, vcpu, ipa, access, out)
     if step == STEP_POPULATE:
         vcpu.asked_cipa = out.cipa
-    else:
-        vcpu.kinds[out.kind & 7] += 1
     return step
 
 
 cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                       fault_t *out, int64_t n, int64_t *at) noexcept nogil:
-    """Serve faults from ``at`` on; stops with STEP_POPULATE at the element that needs the embedder."""
+    """Serve faults from ``at`` on; stops at the element that needs the embedder."""
     cdef step_t step = STEP_DONE
     cdef fault_t row                        # not the user's array, which another thread may write
     cdef int64_t end, fetched = at[0]
@@ -529,10 +533,9 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
         if step == STEP_EXCLUSIVE:
             step = fault_exclusive(vm, vcpu, ipas[at[0]], masks[at[0] * stride], &row)
             if step == STEP_DONE:
-                vcpu.kinds[row.kind] += 1
                 out[at[0]] = row
                 at[0] += 1
-        if step == STEP_POPULATE:
+        if step != STEP_DONE:
             vcpu.asked_cipa = row.cipa
             out[at[0]] = row
             return step
