@@ -831,10 +831,11 @@ cdef int api_tlbi(s2s_vm_t *vm, uint32_t index, uint32_t insn, uint64_t xt, cons
     cdef int status
     if handle == NULL or index >= handle.vm.vcpu_count:
         return fail(S2S_E_INVALID, "there is no vCPU %u", index)
-    regs.vttbr = handle.vm.vcpus[index].vttbr
-    regs.vtcr = handle.vm.vcpus[index].vtcr
-    regs.hcr = handle.vm.vcpus[index].hcr
-    if registers != NULL:
+    if registers == NULL:
+        regs.vttbr = handle.vm.vcpus[index].vttbr
+        regs.vtcr = handle.vm.vcpus[index].vtcr
+        regs.hcr = handle.vm.vcpus[index].hcr
+    else:                                   # another thread may be loading that vCPU
         status = take_registers(registers, &r)
         if status:
             return status
