@@ -72,9 +72,11 @@ cdef inline uint32_t shadow_entry(const vm_t *vm, vcpu_t *vcpu, uint64_t ipa, ui
     desc[0] = 0
     if ipa >> context.shadow.ia_bits:
         return 0
-    slot = table_find_near(&vm.arena, &context.shadow, &vcpu.shadow_path, ipa, level)
-    desc[0] = load64(vm.arena.words + slot)
-    return slot
+    while True:
+        slot = table_find_near(&vm.arena, &context.shadow, &vcpu.shadow_path, ipa, level)
+        desc[0] = load64(vm.arena.words + slot)
+        if level[0] == FINAL_LEVEL or not is_table(desc[0], level[0]):
+            return slot                     # else another thread put a table there since: its descriptor is no leaf
 
 
 cdef inline void begin_result(const vcpu_t *vcpu, uint64_t ipa, fault_t *out) noexcept nogil:
