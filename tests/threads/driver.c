@@ -14,7 +14,8 @@
  * And when all threads are done: check() holds; what the shadows translate, a fresh VM with the same memory, the same host
  * and the same registers translates to the same; after a fault on both they are equal; nothing is left after unmapping.
  *
- * Usage: driver [--seconds N] [--seed S] [--teardown NAME] [--race engine|driver]
+ * Usage: driver [--seconds N] [--seed S] [--teardown NAME] [--jobs all|refill] [--race engine|driver]
+ * --jobs refill has nothing but TLBIs that empty every shadow, and vCPUs that fill them again all at once.
  * --race breaks the rules on purpose, one vCPU's registers or a counter of this file, for a sanitizer to see.
  */
 #include <Python.h>
@@ -729,6 +730,21 @@ static void *edit(void *argument)
     return NULL;
 }
 
+/* Shadows are emptied, and the vCPUs make the same tables and nodes again, against each other. */
+static void *empty_all(void *argument)
+{
+    runner_t *me = argument;
+    while (!LOAD(stop)) {
+        OK(s2s->tlbi(vm, EDITOR, ALLE1IS, 0, NULL, NULL));
+        ADD(edits, 1);
+        if (!below(&me->dice, 16))
+            OK(s2s->check(vm));
+        for (unsigned i = below(&me->dice, 8); i; i--)
+            sched_yield();
+    }
+    return NULL;
+}
+
 /* --- the host changes -------------------------------------------------------------------------------------------- */
 
 static uint32_t generation[PAGES];
@@ -1031,9 +1047,10 @@ int main(int argc, char **argv)
     static const char *const names[] = {"reverse-map", "interval-map", "blow-away", "blow-away-lean"};
     void *(*const jobs[])(void *) = {run_vcpu, run_vcpu, run_vcpu, run_vcpu, run_vcpu, run_vcpu,
                                      edit, churn, notify, migration, drain};
+    void *(*const refill[])(void *) = {run_vcpu, run_vcpu, run_vcpu, run_vcpu, run_vcpu, run_vcpu, empty_all};
     void *const arguments[] = {&runners[0], &runners[1], &runners[2], &runners[3], &runners[4], &runners[5],
                                &runners[EDITOR], &runners[CHURNER], NULL, NULL, NULL};
-    const char *race = "";
+    const char *race = "", *set = "all";
     double seconds = 10;
     unsigned teardown = 0;
     seed = (uint64_t)time(NULL);
@@ -1045,6 +1062,8 @@ int main(int argc, char **argv)
             seed = strtoull(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--race"))
             race = argv[i + 1];
+        else if (!strcmp(argv[i], "--jobs"))
+            set = argv[i + 1];
         else if (!strcmp(argv[i], "--teardown"))
             for (teardown = 0; teardown < 4 && strcmp(names[teardown], argv[i + 1]); teardown++)
                 ;
@@ -1068,11 +1087,15 @@ int main(int argc, char **argv)
         runners[i] = (runner_t){i, 0, 0, dice_of(i)};
     vm = new_vm(teardown, VCPUS + 2);
     if (*race) {
-        void *(*const both[])(void *) = {load_on, invalidate_on}, *(*const two[])(void *) = {count_unguarded, count_unguarded};
+        void *(*const both[])(void *) = {load_on, invalidate_on};
+        void *(*const two[])(void *) = {count_unguarded, count_unguarded};
         together(strcmp(race, "engine") ? two : both, arguments, 2, 0);
         return 0;
     }
-    together(jobs, arguments, sizeof jobs / sizeof *jobs, seconds);
+    if (!strcmp(set, "refill"))
+        together(refill, arguments, sizeof refill / sizeof *refill, seconds);
+    else
+        together(jobs, arguments, sizeof jobs / sizeof *jobs, seconds);
     report(seconds, names[teardown]);
     CHECK(unknown * 100 <= judged);
     at_the_end(teardown);
