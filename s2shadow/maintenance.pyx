@@ -24,7 +24,7 @@ from s2shadow.owed cimport (
 from s2shadow.rmap cimport rmap_unlink
 from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, table_find
 from s2shadow.tlbi cimport (
-    CLASS_STAGE1, NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
+    CLASS_STAGE1, NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA,
     tlbi_decode, tlbi_no_operand, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (

@@ -8,7 +8,7 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport level_shift
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, peek8, peek32, peek64, store32
 from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 
 cdef enum:
@@ -95,13 +95,19 @@ cdef inline bint rmap_is_empty(const rmap_t *rmap) noexcept nogil:
     return load32(&rmap.nodes[rmap.root].used) == 0
 
 
+cdef inline bint is_node_of(const node_t *node, uint64_t cipa, int level, bint alone) noexcept nogil:
+    """Whether a node that was remembered still is that of ``level`` at ``cipa``, and has leaves. One that has none may be
+    another thread's, which has just taken it and gives it back if a third was first."""
+    return (alone or peek32(&node.used) != 0) and <int8_t>peek8(&node.level) == level and peek64(&node.cipa) == cipa
+
+
 cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_slot, uint64_t cipa,
-                                    int level) noexcept nogil:
+                                    int level, bint alone) noexcept nogil:
     """``rmap_ensure`` for a leaf under the host leaf in ``host_slot`` of canonical table ``page``, which remembers the
     node of its own block; a node that went meanwhile does not answer to that block."""
     cdef uint32_t node = load32(&page.node), name, mask = rmap.arena.slot_mask
     cdef int at = page.level
-    if not node or rmap.nodes[node].level != at or rmap.nodes[node].cipa != page.ipa:
+    if not node or not is_node_of(&rmap.nodes[node], page.ipa, at, alone):
         name = rmap_ensure(rmap, cipa, at)
         if not name:
             return 0
@@ -144,6 +150,7 @@ cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot, bint alon
     else:
         while not cas32(rmap.heads + head, &first, slot):
             store32(link_next(rmap.arena, slot), first)
+    linger()
     if first:
         store32(link_prev(rmap.arena, first), slot)
     elif alone:

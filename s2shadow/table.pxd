@@ -6,7 +6,7 @@
 from libc.stdint cimport int64_t, int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
-from s2shadow.atomics cimport bump16, fetch_add16, peek64, store64
+from s2shadow.atomics cimport bump16, fetch_add16, peek8, peek16, peek64, store64
 from s2shadow.pageset cimport pageset_t
 
 cdef enum:
@@ -119,8 +119,10 @@ cdef inline uint32_t page_of(const arena_t *arena, uint32_t slot) noexcept nogil
 
 
 cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint32_t context, int level) noexcept nogil:
-    """Whether a page that was remembered still is the table of ``level`` that starts at ``ipa``."""
-    return page.ipa == ipa and page.context == context and page.level == level
+    """Whether a page that was remembered still is the table of ``level`` that starts at ``ipa``; or, without links, one
+    that another thread has just taken to be that table."""
+    return (peek64(&page.ipa) == ipa and peek16(&page.context) == context
+            and <int8_t>peek8(&page.level) == level)
 
 
 cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogil:
@@ -226,7 +228,7 @@ cdef inline uint16_t count16(uint16_t *counter, bint alone) noexcept nogil:
 cdef inline bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
     """Account for the links beside a page before its first leaf; False over the bound."""
     cdef page_t *meta = &arena.pages[page_of(arena, slot)]
-    return meta.has_links or not arena.keeps_links or charge_links(arena, meta)
+    return peek8(&meta.has_links) or not arena.keeps_links or charge_links(arena, meta)
 
 
 cdef inline void entry_added(arena_t *arena, uint32_t page, bint alone) noexcept nogil:

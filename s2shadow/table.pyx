@@ -1,11 +1,15 @@
 """Table pages and the tables made of them."""
 
+from libc.stdint cimport uint8_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
-from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, peek64, prefetch, store64
+from s2shadow.atomics cimport (
+    bump16, cas64, fetch_add16, fetch_add64, fetch_or8, linger, load64, peek64, poke8, poke16, poke32, poke64, prefetch,
+    store64,
+)
 from s2shadow.pageset cimport pageset_add, pageset_destroy, pageset_init, pageset_remove
 from s2shadow.vmem cimport prefer_huge, refused, release, reserve
 
@@ -116,12 +120,20 @@ cdef uint32_t take_page(arena_t *arena) noexcept nogil:
 
 
 cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
-    """Take back a page whose words are zero."""
-    if arena.pages[page].level == FINAL_LEVEL:
+    """Take back a page whose words are zero. Others may look whether it is one that they remember."""
+    cdef page_t *meta = &arena.pages[page]
+    if meta.level == FINAL_LEVEL:
         pageset_remove(&arena.leaf_tables, page)
-    if arena.pages[page].has_links:
+    if meta.has_links:
         arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
-    memset(&arena.pages[page], 0, sizeof(page_t))
+    poke64(&meta.ipa, 0)
+    poke16(&meta.context, 0)
+    poke8(&meta.level, 0)
+    poke8(&meta.has_links, 0)
+    poke32(&meta.node, 0)
+    meta.parent = 0
+    meta.live = 0
+    memset(meta.holds, 0, sizeof(meta.holds))
     pthread_mutex_lock(&arena.lock)
     store64(&arena.freed, arena.freed + 1)
     arena.pages[page].next_free = arena.free_page
@@ -217,9 +229,10 @@ cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int lev
     cdef uint64_t seen = 0
     cdef page_t *meta = &arena.pages[page]
     meta.parent = slot
-    meta.context = table.context
-    meta.level = <int8_t>(level + 1)
-    meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
+    poke16(&meta.context, table.context)    # others may look whether it is a page that they remember
+    poke8(&meta.level, <uint8_t>(level + 1))
+    poke64(&meta.ipa, ipa & ~(level_span(arena.granule_bits, level) - 1))
+    linger()
     if cas64(arena.words + slot, &seen, table_desc(arena, page)):
         entry_added(arena, page_of(arena, slot), arena.alone)
         if meta.level == FINAL_LEVEL and meta.context != CANONICAL:

@@ -8,7 +8,7 @@ from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.dirty cimport dirty_t
 from s2shadow.intervals cimport intervals_t
-from s2shadow.lock cimport lock_t, reader_t
+from s2shadow.lock cimport lock_shared, lock_t, reader_t, unlock_shared
 from s2shadow.memory cimport mem_view_t
 from s2shadow.owed cimport owed_t
 from s2shadow.rmap cimport rmap_t
@@ -218,6 +218,13 @@ cdef inline void forget_ways(vcpu_t *vcpu) noexcept nogil:
     forget_path(&vcpu.shadow_path)
     vcpu.memo.host = 0
     vcpu.plain.accesses = 0
+
+
+cdef inline void count_answer(vm_t *vm, vcpu_t *vcpu, int kind) noexcept nogil:
+    """Count an answer that was found with no lock held: counters are read on the exclusive side."""
+    lock_shared(&vm.lock, vcpu.reader)
+    vcpu.kinds[kind & 7] += 1
+    unlock_shared(vcpu.reader)
 
 
 cdef inline uint64_t kernel_steps_per_context(const vm_t *vm) noexcept nogil:
