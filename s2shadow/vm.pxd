@@ -21,7 +21,7 @@ cdef extern from *:
     #ifdef S2SHADOW_STRESS
     enum { S2_DROP_CHUNK = 2, S2_FAULT_CHUNK = 1 };
     #else
-    enum { S2_DROP_CHUNK = 4096, S2_FAULT_CHUNK = 32 };
+    enum { S2_DROP_CHUNK = 1024, S2_FAULT_CHUNK = 32 };
     #endif
     """
     const int DROP_CHUNK "S2_DROP_CHUNK"        # leaves removed or changed before the lock is let go for a moment
