@@ -261,7 +261,8 @@ cdef inline void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept no
     change.end = end
 
 
-cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ipa, int span, uint64_t tag) noexcept nogil:
+cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ipa, int span,
+                                     uint64_t tag) noexcept nogil:
     """The shadow's table with this tag, of 1 << ``span`` bytes, that ``ipa`` lies in, if it is remembered and still is
     that table; else 0."""
     cdef uint32_t page = load32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
