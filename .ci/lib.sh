@@ -109,7 +109,8 @@ build_threads() {
 threads_make() {
     local clone=$1 venv=$2
     shift 2
-    PYTHONPATH=$clone make -s -C "$clone/tests/threads" PYTHON="$venv/bin/python" "$@"
+    # where the header is cannot be asked: Python by itself cannot load modules that need TSan's runtime
+    PYTHONPATH=$clone make -s -C "$clone/tests/threads" PYTHON="$venv/bin/python" S2SHADOW="-I$clone/s2shadow/include" "$@"
 }
 
 # Runs the driver of a clone: CLONE VENV OPTIONS. Under TSan, what it reports makes the exit code 66.

@@ -12,10 +12,8 @@ cdef extern from *:
     { uint32_t old = *p; __atomic_store_n(p, old + v, __ATOMIC_RELAXED); return old; }
     static inline uint64_t s2_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline uint64_t s2_peek64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-    static inline uint8_t s2_peek8(const void *p) { return __atomic_load_n((const uint8_t *)p, __ATOMIC_RELAXED); }
-    static inline void s2_poke8(void *p, uint8_t v) { __atomic_store_n((uint8_t *)p, v, __ATOMIC_RELAXED); }
-    static inline uint16_t s2_peek16(const uint16_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-    static inline void s2_poke16(uint16_t *p, uint16_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static inline uint8_t s2_peek8(const uint8_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static inline void s2_poke8(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
     static inline void s2_poke32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
     static inline void s2_poke64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
     static inline void s2_store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
@@ -51,10 +49,8 @@ cdef extern from *:
     void prefetch_to_write "s2_prefetchw"(const void *address) noexcept nogil
     void linger "s2_linger"() noexcept nogil        # S2SHADOW_STRESS: let others come between two steps of one thread
     uint64_t load64 "s2_load64"(const uint64_t *address) noexcept nogil
-    uint8_t peek8 "s2_peek8"(const void *address) noexcept nogil        # of either sign
-    void poke8 "s2_poke8"(void *address, uint8_t value) noexcept nogil
-    uint16_t peek16 "s2_peek16"(const uint16_t *address) noexcept nogil
-    void poke16 "s2_poke16"(uint16_t *address, uint16_t value) noexcept nogil
+    uint8_t peek8 "s2_peek8"(const uint8_t *address) noexcept nogil
+    void poke8 "s2_poke8"(uint8_t *address, uint8_t value) noexcept nogil
     void poke32 "s2_poke32"(uint32_t *address, uint32_t value) noexcept nogil
     void poke64 "s2_poke64"(uint64_t *address, uint64_t value) noexcept nogil
     uint64_t peek64 "s2_peek64"(const uint64_t *address) noexcept nogil

@@ -22,7 +22,7 @@ from s2shadow.owed cimport (
     owed_begin, owed_end,
 )
 from s2shadow.rmap cimport rmap_unlink
-from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, table_find
+from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, page_tag, table_find
 from s2shadow.tlbi cimport (
     CLASS_STAGE1, NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA,
     tlbi_decode, tlbi_no_operand, tlbi_op_t, tlbi_t,
@@ -85,7 +85,7 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
     slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
     if largest <= vm.arena.granule_bits:
         known = remembered_page(vm, context.shadow.context, ipa, vm.arena.granule_bits + vm.arena.slot_bits,
-                                FINAL_LEVEL)
+                                page_tag(context.shadow.context, FINAL_LEVEL))
         if known:
             level = FINAL_LEVEL
             shift = vm.arena.granule_bits

@@ -17,7 +17,7 @@ from s2shadow.combine cimport combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
-from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t
+from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t, page_tag
 from s2shadow.vm cimport (
     EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, answer_t, fault_t, guest_table_t, plain_t,
     remembered_page, vcpu_t, vm_t,
@@ -43,7 +43,7 @@ ctypedef struct plain_way_t:
 cdef inline uint32_t plain_page(const vm_t *vm, const vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
     """The shadow's table, or 0."""
     cdef const plain_t *plain = &vcpu.plain
-    cdef uint32_t page = remembered_page(vm, vcpu.context, ipa, plain.shadow_span, plain.shadow_level)
+    cdef uint32_t page = remembered_page(vm, vcpu.context, ipa, plain.shadow_span, plain.shadow_tag)
     return page if peek8(&vm.arena.pages[page].has_links) else 0
 
 
@@ -84,7 +84,7 @@ cdef inline uint32_t plain_host(const vm_t *vm, const vcpu_t *vcpu, uint64_t cip
     """The host's table, or 0."""
     cdef const plain_t *plain = &vcpu.plain
     cdef uint32_t page = plain.host[cipa >> plain.host_span & (LEAF_TABLES - 1)]
-    if not is_page_of(&vm.arena.pages[page], span_start(cipa, plain.host_span), CANONICAL, plain.host_level):
+    if not is_page_of(&vm.arena.pages[page], span_start(cipa, plain.host_span), plain.host_tag):
         return 0
     return page
 
@@ -247,7 +247,8 @@ cdef inline void learn_plain(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t 
         return
     plain.learnt += 1
     plain.guest_level = walked.level
-    plain.host_level = host.level
+    plain.host_tag = page_tag(CANONICAL, host.level)
+    plain.shadow_tag = page_tag(vcpu.context, leaf.level)
     plain.shadow_level = leaf.level
     plain.guest_shift = <uint8_t>level_shift(vcpu.config.granule_bits, walked.level)
     plain.host_shift = <uint8_t>level_shift(vm.arena.granule_bits, host.level)

@@ -8,7 +8,7 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport level_shift
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, peek8, peek32, peek64, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, peek64, store32
 from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 
 cdef enum:
@@ -24,6 +24,7 @@ ctypedef struct node_t:
     uint32_t next_free
     uint32_t used               # heads that are not empty, plus children
     int8_t level
+    uint64_t key                # cipa and level, once the node is where they say; for those who remember it
 
 ctypedef struct rmap_t:
     arena_t *arena              # owner of the links; its bound covers heads and nodes
@@ -95,10 +96,9 @@ cdef inline bint rmap_is_empty(const rmap_t *rmap) noexcept nogil:
     return load32(&rmap.nodes[rmap.root].used) == 0
 
 
-cdef inline bint is_node_of(const node_t *node, uint64_t cipa, int level, bint alone) noexcept nogil:
-    """Whether a node that was remembered still is that of ``level`` at ``cipa``, and has leaves. One that has none may be
-    another thread's, which has just taken it and gives it back if a third was first."""
-    return (alone or peek32(&node.used) != 0) and <int8_t>peek8(&node.level) == level and peek64(&node.cipa) == cipa
+cdef inline uint64_t node_key(uint64_t cipa, int level) noexcept nogil:
+    """Nodes start at multiples of 2 MiB at least. Never 0."""
+    return cipa | <uint64_t>(level + 2)
 
 
 cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_slot, uint64_t cipa,
@@ -107,7 +107,7 @@ cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_sl
     node of its own block; a node that went meanwhile does not answer to that block."""
     cdef uint32_t node = load32(&page.node), name, mask = rmap.arena.slot_mask
     cdef int at = page.level
-    if not node or not is_node_of(&rmap.nodes[node], page.ipa, at, alone):
+    if peek64(&rmap.nodes[node].key) != node_key(page.ipa, at):
         name = rmap_ensure(rmap, cipa, at)
         if not name:
             return 0

@@ -1,10 +1,9 @@
 """The reverse map's nodes and lists (spec 05, section 7)."""
 
-from libc.stdint cimport uint8_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport FINAL_LEVEL, level_shift, level_span
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, poke8, poke32, poke64, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, poke64, store32
 from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
@@ -52,6 +51,7 @@ cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
             if not rmap.root:
                 return False
             rmap.nodes[rmap.root].level = <int8_t>level
+            rmap.nodes[rmap.root].key = node_key(0, level)
             rmap.root_level = <int8_t>level
             return True
         rmap_unmap(rmap)
@@ -92,9 +92,9 @@ cdef void give_node(rmap_t *rmap, uint32_t node) noexcept nogil:
     """Take back a node whose heads and children are all empty. Others may look whether it is one that they remember."""
     cdef node_t *meta = &rmap.nodes[node]
     cdef int level = meta.level
-    poke8(&meta.level, <uint8_t>NODE_FREE)
-    poke64(&meta.cipa, 0)
-    poke32(&meta.used, 0)
+    poke64(&meta.key, 0)
+    meta.level = NODE_FREE
+    meta.cipa = 0
     meta.parent = 0
     pthread_mutex_lock(&rmap.lock)
     rmap.nodes[node].next_free = rmap.free_node
@@ -118,11 +118,13 @@ cdef uint32_t add_child(rmap_t *rmap, uint32_t name, uint64_t cipa) noexcept nog
     if not child:
         return 0
     rmap.nodes[child].parent = name
-    poke8(&rmap.nodes[child].level, <uint8_t>level)
-    poke64(&rmap.nodes[child].cipa, cipa >> shift << shift)
+    rmap.nodes[child].level = <int8_t>level
+    rmap.nodes[child].cipa = cipa >> shift << shift
     fetch_add32(&rmap.nodes[node].used, 1)
     linger()
     if cas32(rmap.children + name, &seen, child):
+        # it is in its place: whoever remembers it may believe it, and not before, when it may yet be given back
+        poke64(&rmap.nodes[child].key, node_key(cipa >> shift << shift, level))
         return child
     fetch_add32(&rmap.nodes[node].used, <uint32_t>-1)
     give_node(rmap, child)

@@ -6,7 +6,7 @@
 from libc.stdint cimport int64_t, int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
-from s2shadow.atomics cimport bump16, fetch_add16, peek8, peek16, peek64, store64
+from s2shadow.atomics cimport bump16, fetch_add16, peek8, peek64, store64
 from s2shadow.pageset cimport pageset_t
 
 cdef enum:
@@ -34,9 +34,11 @@ ctypedef struct page_t:
     uint16_t holds[GUEST_LEVELS]
     uint16_t context
     int8_t level
-    uint8_t has_links           # a leaf was installed: its links are accounted for
     uint8_t is_root
+    # From here on atomic: looked at by whoever remembers the page, whatever has become of it.
+    uint8_t has_links           # a leaf was installed: its links are accounted for
     uint32_t node               # canonical pages: the reverse-map node of the same block when last seen, or 0
+    uint64_t key                # ipa and page_tag, once the page is where they say
 
 ctypedef struct arena_t:
     uint64_t *words             # the table pages: entry words, indexed by slot
@@ -118,11 +120,14 @@ cdef inline uint32_t page_of(const arena_t *arena, uint32_t slot) noexcept nogil
     return slot >> arena.slot_bits
 
 
-cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint32_t context, int level) noexcept nogil:
-    """Whether a page that was remembered still is the table of ``level`` that starts at ``ipa``; or, without links, one
-    that another thread has just taken to be that table."""
-    return (peek64(&page.ipa) == ipa and peek16(&page.context) == context
-            and <int8_t>peek8(&page.level) == level)
+cdef inline uint64_t page_tag(uint32_t context, int level) noexcept nogil:
+    """What stands in a page's key below its address: tables start at multiples of 2 MiB at least. Never 0."""
+    return <uint64_t>context << 3 | <uint64_t>(level + 2)
+
+
+cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint64_t tag) noexcept nogil:
+    """Whether a page that was remembered still is the table that starts at ``ipa`` and has this tag."""
+    return peek64(&page.key) == (ipa | tag)
 
 
 cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogil:

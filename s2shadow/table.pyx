@@ -1,13 +1,12 @@
 """Table pages and the tables made of them."""
 
-from libc.stdint cimport uint8_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
 from s2shadow.atomics cimport (
-    bump16, cas64, fetch_add16, fetch_add64, fetch_or8, linger, load64, peek64, poke8, poke16, poke32, poke64, prefetch,
+    bump16, cas64, fetch_add16, fetch_add64, fetch_or8, linger, load64, peek64, poke8, poke32, poke64, prefetch,
     store64,
 )
 from s2shadow.pageset cimport pageset_add, pageset_destroy, pageset_init, pageset_remove
@@ -126,14 +125,10 @@ cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
         pageset_remove(&arena.leaf_tables, page)
     if meta.has_links:
         arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
-    poke64(&meta.ipa, 0)
-    poke16(&meta.context, 0)
-    poke8(&meta.level, 0)
+    poke64(&meta.key, 0)
     poke8(&meta.has_links, 0)
     poke32(&meta.node, 0)
-    meta.parent = 0
-    meta.live = 0
-    memset(meta.holds, 0, sizeof(meta.holds))
+    memset(meta, 0, <size_t>(<char *>&meta.has_links - <char *>meta))
     pthread_mutex_lock(&arena.lock)
     store64(&arena.freed, arena.freed + 1)
     arena.pages[page].next_free = arena.free_page
@@ -163,6 +158,11 @@ cdef int start_level_for(int granule_bits, bint wide, int ia_bits) noexcept nogi
     return level
 
 
+cdef inline void set_key(page_t *meta) noexcept nogil:
+    """The page is in its place: whoever remembers it may believe it. Not before, when it may yet be given back."""
+    poke64(&meta.key, meta.ipa | page_tag(meta.context, meta.level))
+
+
 cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t context, int ia_bits) noexcept nogil:
     """Shape an empty table; its root pages must hold nothing."""
     cdef int shift, i
@@ -184,6 +184,7 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
         page.context = context
         page.level = table.start_level
         page.ipa = <uint64_t>i << (shift + arena.slot_bits)
+        set_key(page)
 
 
 cdef void find_together(const arena_t *arena, const table_t *table, const uint64_t *ipas, int64_t n,
@@ -229,11 +230,12 @@ cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int lev
     cdef uint64_t seen = 0
     cdef page_t *meta = &arena.pages[page]
     meta.parent = slot
-    poke16(&meta.context, table.context)    # others may look whether it is a page that they remember
-    poke8(&meta.level, <uint8_t>(level + 1))
-    poke64(&meta.ipa, ipa & ~(level_span(arena.granule_bits, level) - 1))
+    meta.context = table.context
+    meta.level = <int8_t>(level + 1)
+    meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
     linger()
     if cas64(arena.words + slot, &seen, table_desc(arena, page)):
+        set_key(meta)
         entry_added(arena, page_of(arena, slot), arena.alone)
         if meta.level == FINAL_LEVEL and meta.context != CANONICAL:
             pageset_add(&arena.leaf_tables, page)
@@ -376,6 +378,7 @@ cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nog
     meta.context = arena.pages[page_of(arena, slot)].context
     meta.level = <int8_t>(level + 1)
     meta.ipa = slot_ipa(arena, slot)
+    set_key(meta)
     meta.live = <uint16_t>entries
     meta.holds[0] = <uint16_t>entries       # the parent's count stays: one leaf less, one child more
     step = level_span(arena.granule_bits, level + 1)

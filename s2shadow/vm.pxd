@@ -119,6 +119,8 @@ ctypedef struct plain_t:
     uint64_t leaf_base          # bits of an address that its leaf shares,
     uint64_t guest_offset       # and those within L1's
     uint64_t host_offset        # and the host's
+    uint64_t shadow_tag         # page_tag of the tables that hold the leaves
+    uint64_t host_tag
     answer_t answer
     uint32_t accesses           # those that the leaf allows, a bit for each; 0: there is no last fault
     uint8_t guest_shift         # of the leaves' sizes
@@ -128,7 +130,6 @@ ctypedef struct plain_t:
     uint8_t host_span
     uint8_t shadow_span
     int8_t guest_level
-    int8_t host_level
     int8_t shadow_level
     guest_table_t guest[LEAF_TABLES]        # by input address, modulo
     uint32_t host[LEAF_TABLES]              # table pages: hints, that the page's own account must bear out
@@ -260,11 +261,12 @@ cdef inline void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept no
     change.end = end
 
 
-cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ipa, int span, int level) noexcept nogil:
-    """The shadow's table of ``level``, of 1 << ``span`` bytes, that ``ipa`` lies in, if it is remembered and still is
+cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ipa, int span,
+                                     uint64_t tag) noexcept nogil:
+    """The shadow's table with this tag, of 1 << ``span`` bytes, that ``ipa`` lies in, if it is remembered and still is
     that table; else 0."""
     cdef uint32_t page = load32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
-    return page if is_page_of(&vm.arena.pages[page], ipa >> span << span, index, level) else 0
+    return page if is_page_of(&vm.arena.pages[page], ipa >> span << span, tag) else 0
 
 
 cdef inline uint64_t read_tag(uint64_t desc) noexcept nogil:

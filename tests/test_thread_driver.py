@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(not (shutil.which("cc") and shutil.which("make")
 
 
 def make(folder, *words):
-    return subprocess.run(["make", "-s", *words, f"PYTHON={sys.executable}"], cwd=folder, capture_output=True, text=True,
-                          env=ENVIRONMENT)
+    command = ["make", "-s", *words, f"PYTHON={sys.executable}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
