@@ -593,7 +593,7 @@ LEAKS = {
 
 
 def main(count, names):
-    """Some of each kind to warm up; then each by itself, until it is known what it leaves; all of it until ``count``."""
+    """Some of each kind to warm up; then each by itself, until it is known what it leaves; all until ``count``."""
     kinds = {name: (KINDS | LEAKS)[name] for name in names or KINDS}
     each = min(200, max(12, count // len(kinds) // 3))
     rng = random.Random(SEED)
