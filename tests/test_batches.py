@@ -4,6 +4,7 @@ Walks and faults of a batch run side by side, with their tables read and their l
 is done one by one on a twin, and everything that can be seen must be the same.
 """
 
+import os
 import random
 import sys
 
@@ -272,6 +273,7 @@ def resident():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="ASan keeps what was freed for a while")
 def test_small_machines_stay_small():
     """Arenas are on large pages, but not their first 2 MiB."""
     mapped(DENSE[:16], DENSE[:16])
