@@ -73,6 +73,9 @@ def work(r, rng):
     r.vm.host.map(DATA, HOST, PAGE)
     r.vcpu.tlbi("IPAS2E1IS", single(3 * PAGE, PAGE, 3))
     r.vcpu.tlbi("RIPAS2E1IS", span(0, PAGE, num=rng.randrange(4)))
+    tlbis = np.zeros(3, dtype=s2.TLBI_OP_DTYPE)
+    tlbis["insn"], tlbis["xt"] = 0xD50C_8020, [single(n * PAGE) for n in range(3)]
+    r.vm.tlbi_many(tlbis)
     r.fault(0)
     r.vm.age(DATA, DATA + M)
     r.vm.test_young(DATA, DATA + M)
