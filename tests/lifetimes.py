@@ -26,6 +26,7 @@ from capitable import CALLBACK, CAS_DONE, CVM, POPULATE_LINEAR, READONLY, Failed
 from rig import AF, DATA, DBM, HA, HD, HOST, PAGE, RAM, K, M, Rig, single, span
 from s2shadow import EXEC, READ, WRITE, GuestMemory, HostMapping, Linear, NestedVM, TlbModel
 from s2shadow.vmem import refuse
+from sanitizer import SANITIZED  # whose allocator counts otherwise, and keeps what was freed for a while
 from seed import SEED
 
 PAGES = 24
@@ -505,7 +506,6 @@ CFault = dict(api._fields_)["fault"]._argtypes_[4]._type_
 # --- what is held ------------------------------------------------------------------------------------------------
 
 libc = ctypes.CDLL(None)
-SANITIZED = hasattr(libc, "__asan_init")        # its allocator counts otherwise, and keeps what was freed for a while
 
 
 class MallInfo(ctypes.Structure):

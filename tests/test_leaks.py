@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lifetimes import KINDS, LEAKS, SANITIZED
+from lifetimes import KINDS, LEAKS
+from sanitizer import SANITIZED
 from seed import SEED
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
