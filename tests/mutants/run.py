@@ -1,0 +1,199 @@
+"""Make the mistakes of mutants.toml one at a time, and look for the test that notices: run.py CLONE OUT [NAME…].
+
+CLONE is a clean clone that is built in place, and whose environment runs this. First the tests that the list names
+must pass there. Then each mistake is made, built (only what depends on it) and tried: with the tests that the list
+names for it, then with all others, then with the slow ones. OUT keeps ``results.jsonl``, so that a run that was
+interrupted goes on, and ``RESULTS.md``. The exit code is 1 if a mistake went unnoticed, 2 if the list is stale, does
+not build, or names tests that fail anyway.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import mutantlist  # noqa: E402 (in the folder above)
+
+SLOW = ["tests/test_bench_tools.py", "tests/test_cli_dump.py", "tests/test_docs.py", "tests/test_embed_examples.py",
+        "tests/test_htmlreport.py", "tests/test_interrupts.py", "tests/test_mutations.py", "tests/test_oracle.py",
+        "tests/test_storm.py", "tests/test_sweep.py", "tests/test_sweep_dask.py", "tests/test_toy_timing.py",
+        "tests/test_whole_files.py"]  # fmt: skip
+NOT_ABOUT_THIS = ["tests/test_mutant_list.py"]  # of course it notices
+BUILD_LIMIT, SUITE_LIMIT = 1800, 3600  # seconds
+VERDICT = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - (.*))?$", re.MULTILINE)
+UNDER_WAY = re.compile(r"^(tests/\S+::.+?) $")
+
+
+class Broken(Exception):
+    """What makes a run mean nothing."""
+
+
+def run(command, folder, limit, log):
+    """The exit code of a command, None where it had to be ended; what it says goes to ``log``."""
+    with open(log, "w") as out:
+        process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   start_new_session=True)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def how_it_failed(message):
+    """In a word or two, from the line that pytest gives a failure."""
+    if not message or message.startswith(("assert", "AssertionError", "Failed: DID NOT RAISE")):
+        return "assertion"
+    kind = re.match(r"[\w.]*", message)[0].rpartition(".")[2]
+    return "`vm.check()`" if kind == "InvariantError" else kind or "failure"
+
+
+class Trial:
+    """A clone, built, and the state to come back to after each mistake."""
+
+    def __init__(self, clone, out):
+        self.clone, self.out = clone, out
+        self.log = out / "log"
+        self.build("unmutated")
+        self.kept = out / "kept"
+        shutil.rmtree(self.kept, ignore_errors=True)
+        self.times = {}
+        for path in self.products():
+            copy = self.kept / path.relative_to(clone)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+            self.times[path] = path.stat().st_mtime_ns
+
+    def products(self):
+        """What a build makes: it goes by their times."""
+        yield from (self.clone / "s2shadow").rglob("*.so")
+        yield from (path for path in (self.clone / "build").rglob("*") if path.is_file())
+
+    def build(self, name):
+        code = run([sys.executable, "setup.py", "build_ext", "--inplace"], self.clone, BUILD_LIMIT, self.log)
+        if code:
+            raise Broken(f"{name} does not build:\n" + self.log.read_text()[-3000:])
+
+    def restore(self, file, text, times):
+        (self.clone / file).write_text(text)
+        os.utime(self.clone / file, ns=times)
+        for path in list(self.products()):
+            if path not in self.times:
+                path.unlink()
+            elif path.stat().st_mtime_ns != self.times[path]:
+                shutil.copy2(self.kept / path.relative_to(self.clone), path)
+
+    def pytest(self, tests, limit):
+        """None if all pass; else the test that did not, and how."""
+        shutil.rmtree(self.clone / ".hypothesis", ignore_errors=True)   # nothing is learnt from the last mistake
+        code = run([sys.executable, "-m", "pytest", "-x", "-v", "--no-header", "--tb=short", "-p", "no:cacheprovider",
+                    "--hypothesis-seed=0", *tests], self.clone, limit, self.log)
+        said = self.log.read_text(errors="replace")
+        if code == 0:
+            return None
+        if code is None or code < 0:
+            at = [match[1] for line in said.splitlines() if (match := UNDER_WAY.match(line.partition("Fatal ")[0]))]
+            how = f"hang, ended after {limit:.0f} s" if code is None else f"crash ({signal.Signals(-code).name})"
+            return (at[-1] if at else "collection"), how
+        failed = VERDICT.findall(said)
+        if not failed:
+            raise Broken(f"pytest ended with {code}:\n" + said[-3000:])
+        return failed[0][0], how_it_failed(failed[0][1])
+
+    def files(self):
+        return sorted(path.relative_to(self.clone).as_posix() for path in (self.clone / "tests").glob("test_*.py"))
+
+    def hunt(self, mutant, seconds):
+        """The test that notices, how, and where it was looked for; all None if none does."""
+        rest = [file for file in self.files() if file not in [*mutant.tests, *NOT_ABOUT_THIS]]
+        quick, slow = [file for file in rest if file not in SLOW], [file for file in rest if file in SLOW]
+        named_limit = 60 + 5 * sum(seconds[test] for test in mutant.tests)
+        for where, tests, limit in (("named", mutant.tests, named_limit), ("all", quick, SUITE_LIMIT),
+                                    ("slow", slow, SUITE_LIMIT)):  # fmt: skip
+            if found := self.pytest(tests, limit):
+                return *found, where
+        return None, None, None
+
+    def attempt(self, mutant, seconds):
+        path = self.clone / mutant.file
+        text, stat = path.read_text(), path.stat()
+        mutated = mutant.mutated(self.clone)
+        try:
+            path.write_text(mutated)
+            self.build(mutant.name)
+            return self.hunt(mutant, seconds)
+        finally:
+            self.restore(mutant.file, text, (stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def table(mutants, results, commit):
+    """RESULTS.md."""
+    rows = [results[mutant.name] for mutant in mutants if mutant.name in results]
+    caught = [row for row in rows if row["test"]]
+    lines = ["# Mistakes made on purpose, and what noticed them", "",
+             f"Written by `.ci/long/mutants` on commit {commit[:7]}: {len(caught)} of {len(rows)} mistakes were noticed"
+             + (f"; {len(mutants) - len(rows)} were not tried" if len(rows) < len(mutants) else "")
+             + ". The mistakes are in mutants.toml. Where the", "tests that the list names did not notice and another "
+             "one did, it is marked with *.", "",
+             "| mistake | breaks | noticed by | how |", "|---|---|---|---|"]  # fmt: skip
+    for mutant in mutants:
+        if row := results.get(mutant.name):
+            test = (row["test"] or "").removeprefix("tests/").replace("|", "\\|")
+            by = f"`{test}`{'' if row['where'] == 'named' else ' *'}" if test else "**nothing**"
+            lines.append(f"| {mutant.name} | {mutant.rule} | {by} | {row['how'] or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(clone, out, names):
+    clone, out = Path(clone).resolve(), Path(out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True).strip()
+    mutants = mutantlist.load(clone / "tests" / "mutants" / "mutants.toml")
+    chosen = [mutant for mutant in mutants if not names or mutant.name in names]
+    if unknown := set(names) - {mutant.name for mutant in chosen}:
+        raise Broken(f"not in the list: {', '.join(sorted(unknown))}")
+    for mutant in mutants:
+        mutant.mutated(clone)                               # all of the list fits, before anything takes long
+    journal = out / "results.jsonl"
+    known = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    results = {row["name"]: row for row in known if row["commit"] == commit}
+    todo = [mutant for mutant in chosen if mutant.name not in results]
+    if todo:
+        trial = Trial(clone, out)
+        seconds = {}
+        for test in sorted({test for mutant in todo for test in mutant.tests}):
+            began = time.monotonic()
+            if failed := trial.pytest([test], SUITE_LIMIT):
+                raise Broken(f"without a mistake {failed[0]} fails: {failed[1]}\n" + trial.log.read_text()[-3000:])
+            seconds[test] = time.monotonic() - began
+            print(f"passes without a mistake: {test}, {seconds[test]:.0f} s", flush=True)
+        for n, mutant in enumerate(todo, 1):
+            began = time.monotonic()
+            test, how, where = trial.attempt(mutant, seconds)
+            results[mutant.name] = dict(name=mutant.name, commit=commit, test=test, how=how, where=where)
+            with open(journal, "a") as file:
+                file.write(json.dumps(results[mutant.name]) + "\n")
+            shown = f"{test}: {how}" if test else "NOT NOTICED"
+            print(f"{n}/{len(todo)} {mutant.name}: {shown} ({time.monotonic() - began:.0f} s)", flush=True)
+    (out / "RESULTS.md").write_text(table(mutants, results, commit))
+    missed = [mutant.name for mutant in chosen if not results[mutant.name]["test"]]
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} mistakes were noticed", *missed, sep="\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    except (Broken, ValueError) as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
