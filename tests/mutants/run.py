@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mutantlist  # noqa: E402 (in the folder above)
+import mutantlist
 
 SLOW = ["tests/test_bench_tools.py", "tests/test_cli_dump.py", "tests/test_docs.py", "tests/test_embed_examples.py",
         "tests/test_htmlreport.py", "tests/test_interrupts.py", "tests/test_mutations.py", "tests/test_oracle.py",
@@ -180,7 +180,7 @@ def main(clone, out, names):
         for n, mutant in enumerate(todo, 1):
             began = time.monotonic()
             test, how, where = trial.attempt(mutant, seconds)
-            results[mutant.name] = dict(name=mutant.name, commit=commit, test=test, how=how, where=where)
+            results[mutant.name] = {"name": mutant.name, "commit": commit, "test": test, "how": how, "where": where}
             with open(journal, "a") as file:
                 file.write(json.dumps(results[mutant.name]) + "\n")
             shown = f"{test}: {how}" if test else "NOT NOTICED"
