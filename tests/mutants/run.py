@@ -192,6 +192,7 @@ def main(clone, out, names):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # what was started is ended, the sources are restored
     try:
         sys.exit(main(sys.argv[1], sys.argv[2], sys.argv[3:]))
     except (Broken, ValueError) as error:
