@@ -3,7 +3,7 @@
 import pytest
 
 from rig import DATA, HOST, PAGE, RAM, ROM, G, K, M, Rig
-from s2shadow import EXEC, HIT, HOST_FAULT, MAPPED, MMIO, READ, WRITE, HostMapping, Linear
+from s2shadow import EXEC, HIT, HOST_FAULT, MAPPED, MMIO, NO_MEMORY, READ, WRITE, HostMapping, Linear
 
 
 @pytest.fixture
@@ -119,6 +119,25 @@ def test_populates_in_batches(r):
     got = r.vcpu.fault_many([n * PAGE for n in range(2048)], WRITE)
     assert set(got["kind"].tolist()) <= {HIT, MAPPED}
     assert got["pa"].tolist() == [DATA + n * PAGE for n in range(2048)]
+
+
+@pytest.mark.parametrize("more", range(0, 8 * K, K))
+def test_linear_evicts_the_table_in_use(more):
+    """At the bound the host's own table takes the room of shadows: now and then of the very leaf table that had been
+    found for the leaf."""
+    r = Rig(host=False, contexts=1, max_table_bytes=800 * K + more)
+    r.vm.host.populate = Linear(offset=HOST, max_block=PAGE)
+    r.mem.add(4 * G, 2 * G)
+    for n in range(512):
+        cipa = 4 * G + n * 2 * M
+        r.tables.map(n * PAGE, cipa)
+        f = r.vcpu.fault_many([n * PAGE])[0]
+        if f["kind"] == NO_MEMORY:          # the host's table is all there is room for
+            break
+        assert (f["kind"], f["pa"]) == (MAPPED, HOST + cipa)
+        assert (n * PAGE, cipa, PAGE) in r.leaves()
+        r.vm.check()
+    assert r.vm.stats.evictions > 1
 
 
 # callables

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import s2shadow
-from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, M, Rig, single
+from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, M, Rig, single, span
 from s2shadow import EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
 
 PROBE = 100 * PAGE
@@ -149,6 +149,19 @@ def test_contexts_in_turn():
         assert answer(r, ipa=page * PAGE).cipa == DATA + 16 * M + page * PAGE
         r.load()
         assert answer(r, ipa=page * PAGE).cipa == DATA + page * PAGE
+
+
+def test_a_page_that_is_another_contexts_now():
+    """A shadow's leaf table went by a TLBI that lets L1's tables be remembered, and its page came to another context at
+    the same address: what was remembered of it must not decide."""
+    r = known()
+    r.load(2, n=1)
+    r.vcpu.tlbi("RIPAS2LE1IS", span(0, PAGE, num=7))
+    assert r.leaves(0) == []
+    assert r.fault(0, n=1).kind == MAPPED
+    assert answer(r).kind == MAPPED
+    assert r.leaves(0) == [(PROBE, DATA + PROBE, PAGE)]
+    assert r.leaves(1) == [(0, DATA, PAGE)]
 
 
 def test_a_root_smaller_than_a_page():

@@ -3,10 +3,12 @@
 CLONE is a clean clone that is built in place, and whose environment runs this. First the tests that the list names
 must pass there. Then each mistake is made, built (only what depends on it) and tried: with the tests that the list
 names for it, then with all others, then with the slow ones. OUT keeps ``results.jsonl``, so that a run that was
-interrupted goes on, and ``RESULTS.md``. The exit code is 1 if a mistake went unnoticed, 2 if the list is stale, does
-not build, or names tests that fail anyway.
+interrupted goes on, and ``RESULTS.md``. A result counts for as long as the engine, the mistake and the file of the
+test that noticed are the same. The exit code is 1 if a mistake went unnoticed, 2 if the list is stale, does not build,
+or names tests that fail anyway.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -56,6 +58,27 @@ def how_it_failed(message):
         return "assertion"
     kind = re.match(r"[\w.]*", message)[0].rpartition(".")[2]
     return "`vm.check()`" if kind == "InvariantError" else kind or "failure"
+
+
+def in_git(clone, what):
+    """The hash of HEAD, or of a file or folder of it (``HEAD:name``)."""
+    return subprocess.check_output(["git", "rev-parse", what], cwd=clone, text=True).strip()
+
+
+def fingerprint(clone, mutant):
+    """Of all that a mistake's effect depends on, but for the tests."""
+    parts = (in_git(clone, "HEAD:s2shadow"), in_git(clone, "HEAD:setup.py"), mutant.file, mutant.find, mutant.replace)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def counts(clone, row, mutant, commit):
+    """Whether a result of an earlier run still does."""
+    if row["of"] != fingerprint(clone, mutant):
+        return False
+    if not row["test"]:
+        return row["commit"] == commit
+    file = row["test"].partition("::")[0]
+    return (clone / file).exists() and row["test_file"] == in_git(clone, f"HEAD:{file}")
 
 
 class Trial:
@@ -136,15 +159,15 @@ class Trial:
             self.restore(mutant.file, text, (stat.st_atime_ns, stat.st_mtime_ns))
 
 
-def table(mutants, results, commit):
+def table(mutants, results):
     """RESULTS.md."""
     rows = [results[mutant.name] for mutant in mutants if mutant.name in results]
-    caught = [row for row in rows if row["test"]]
+    commits = sorted({row["commit"][:7] for row in rows})
     lines = ["# Mistakes made on purpose, and what noticed them", "",
-             f"Written by `.ci/long/mutants` on commit {commit[:7]}: {len(caught)} of {len(rows)} mistakes were noticed"
-             + (f"; {len(mutants) - len(rows)} were not tried" if len(rows) < len(mutants) else "")
-             + ". The mistakes are in mutants.toml. Where the", "tests that the list names did not notice and another "
-             "one did, it is marked with *.", "",
+             f"Written by `.ci/long/mutants` on {' and '.join(commits)}: {sum(bool(row['test']) for row in rows)} of "
+             f"{len(mutants)} mistakes were noticed" + (f", {len(mutants) - len(rows)} were not tried."
+                                                        if len(rows) < len(mutants) else "."),
+             "The mistakes themselves are in mutants.toml. *: by a test of another file than the list names.", "",
              "| mistake | breaks | noticed by | how |", "|---|---|---|---|"]  # fmt: skip
     for mutant in mutants:
         if row := results.get(mutant.name):
@@ -157,17 +180,20 @@ def table(mutants, results, commit):
 def main(clone, out, names):
     clone, out = Path(clone).resolve(), Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True).strip()
+    commit = in_git(clone, "HEAD")
     mutants = mutantlist.load(clone / "tests" / "mutants" / "mutants.toml")
-    chosen = [mutant for mutant in mutants if not names or mutant.name in names]
-    if unknown := set(names) - {mutant.name for mutant in chosen}:
+    by_name = {mutant.name: mutant for mutant in mutants}
+    if unknown := set(names) - set(by_name):
         raise Broken(f"not in the list: {', '.join(sorted(unknown))}")
     for mutant in mutants:
         mutant.mutated(clone)                               # all of the list fits, before anything takes long
     journal = out / "results.jsonl"
     known = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-    results = {row["name"]: row for row in known if row["commit"] == commit}
-    todo = [mutant for mutant in chosen if mutant.name not in results]
+    results = {row["name"]: row for row in known
+               if row["name"] in by_name and counts(clone, row, by_name[row["name"]], commit)}
+    # what many modules see takes longest to build
+    todo = sorted((by_name[name] for name in names or by_name if name not in results),
+                  key=lambda mutant: mutant.file.endswith(".pxd"))
     if todo:
         trial = Trial(clone, out)
         seconds = {}
@@ -180,14 +206,17 @@ def main(clone, out, names):
         for n, mutant in enumerate(todo, 1):
             began = time.monotonic()
             test, how, where = trial.attempt(mutant, seconds)
-            results[mutant.name] = {"name": mutant.name, "commit": commit, "test": test, "how": how, "where": where}
+            results[mutant.name] = {
+                "name": mutant.name, "of": fingerprint(clone, mutant), "commit": commit, "test": test, "how": how,
+                "where": where, "test_file": in_git(clone, f"HEAD:{test.partition('::')[0]}") if test else None,
+            }  # fmt: skip
             with open(journal, "a") as file:
                 file.write(json.dumps(results[mutant.name]) + "\n")
             shown = f"{test}: {how}" if test else "NOT NOTICED"
             print(f"{n}/{len(todo)} {mutant.name}: {shown} ({time.monotonic() - began:.0f} s)", flush=True)
-    (out / "RESULTS.md").write_text(table(mutants, results, commit))
-    missed = [mutant.name for mutant in chosen if not results[mutant.name]["test"]]
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} mistakes were noticed", *missed, sep="\n")
+    (out / "RESULTS.md").write_text(table(mutants, results))
+    missed = [name for name in names or by_name if not results[name]["test"]]
+    print(f"{len(names or by_name) - len(missed)} of {len(names or by_name)} mistakes were noticed", *missed, sep="\n")
     return 1 if missed else 0
 
 
