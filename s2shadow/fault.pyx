@@ -17,14 +17,13 @@ from s2shadow.arch cimport (
 from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
-from s2shadow.fetchahead cimport fetch_ahead
 from s2shadow.host cimport grant_write, populate_linear
 from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.lock cimport lock_exclusive, lock_shared, sched_yield, unlock_exclusive, unlock_shared
 from s2shadow.memory cimport find_region, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
-from s2shadow.plainfault cimport fault_plainly, learn_plain
+from s2shadow.plainfault cimport WAYS, fault_on_way, fault_plainly, find_ways, learn_plain, plain_way_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
 from s2shadow.table cimport (
     DESC_LOCKED, FIND_TOGETHER, find_together, found_t, is_table, leaf_added, links_ensure, page_of, slot_ipa,
@@ -491,7 +490,9 @@ cdef step_t fault_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, faul
     """``fault_run`` for one, which nothing of a batch burdens; ``out`` is the caller's alone."""
     cdef step_t step = STEP_DONE
     lock_shared(&vm.lock, vcpu.reader)
-    if not fault_plainly(vm, vcpu, ipa, access, out):
+    if fault_plainly(vm, vcpu, ipa, access, out):
+        vcpu.installed += 1
+    else:
         step = fault_step(vm, vcpu, ipa, access, False, out)
     unlock_shared(vcpu.reader)
     if step == STEP_EXCLUSIVE:
@@ -508,32 +509,48 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
     """Serve faults from ``at`` on; stops with STEP_POPULATE at the element that needs the embedder."""
     cdef step_t step = STEP_DONE
     cdef fault_t row                        # not the user's array, which another thread may write
-    cdef int64_t end, fetched = at[0]
-    while at[0] < n:
-        end = at[0] + FAULT_CHUNK if n - at[0] > FAULT_CHUNK else n
+    cdef plain_way_t ways[WAYS]
+    cdef int64_t i = at[0], first = 0, known = 0, end = i, plainly
+    cdef uint64_t learnt
+    cdef bint served
+    while i < n and step != STEP_POPULATE:
         lock_shared(&vm.lock, vcpu.reader)
-        if end > fetched:
-            fetch_ahead(vm, vcpu, ipas + fetched, end - fetched)
-            fetched = end
-        while at[0] < end:
-            if fault_plainly(vm, vcpu, ipas[at[0]], masks[at[0] * stride], &row):
-                step = STEP_DONE
+        if i == end:                        # once for each, however often the lock is let go in between
+            first = i
+            end = i + FAULT_CHUNK if n - i > FAULT_CHUNK else n
+            known = i + find_ways(vm, vcpu, ipas + i, end - i, ways)
+        learnt = vcpu.plain.learnt
+        step = STEP_DONE
+        plainly = 0
+        while i < end:
+            if i < known:
+                served = fault_on_way(vm, vcpu, ipas[i], masks[i * stride], &ways[i - first], out + i)
             else:
-                step = fault_step(vm, vcpu, ipas[at[0]], masks[at[0] * stride], False, &row)
+                served = fault_plainly(vm, vcpu, ipas[i], masks[i * stride], out + i)
+            if served:
+                plainly += 1
+                i += 1
+                continue
+            step = fault_step(vm, vcpu, ipas[i], masks[i * stride], False, &row)
             if step != STEP_DONE:
                 break
+            if vcpu.plain.learnt != learnt:
+                known = 0
             vcpu.kinds[row.kind] += 1
-            out[at[0]] = row
-            at[0] += 1
+            out[i] = row
+            i += 1
+        vcpu.installed += plainly
+        vcpu.kinds[KIND_MAPPED] += plainly
         unlock_shared(vcpu.reader)
+        known = 0
         if step == STEP_EXCLUSIVE:
-            step = fault_exclusive(vm, vcpu, ipas[at[0]], masks[at[0] * stride], &row)
+            step = fault_exclusive(vm, vcpu, ipas[i], masks[i * stride], &row)
             if step == STEP_DONE:
                 vcpu.kinds[row.kind] += 1
-                out[at[0]] = row
-                at[0] += 1
+                out[i] = row
+                i += 1
         if step == STEP_POPULATE:
             vcpu.asked_cipa = row.cipa
-            out[at[0]] = row
-            return step
-    return STEP_DONE
+            out[i] = row
+    at[0] = i
+    return step

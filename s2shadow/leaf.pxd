@@ -60,16 +60,21 @@ cdef uint64_t find_cipa(vm_t *vm, uint32_t slot) noexcept nogil
 cdef bint evict(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil
 
 
-cdef inline void clear_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
-    """Remove a live leaf that is on no list any more from its table and the counts."""
-    cdef uint32_t page = page_of(&vm.arena, slot), index = slot & ((<uint32_t>1 << vm.arena.slot_bits) - 1)
-    cdef page_t *meta = &vm.arena.pages[page]
-    cdef uint32_t context = meta.context
-    cdef int level = meta.level, shift = level_shift(vm.arena.granule_bits, level)
-    cdef uint64_t desc = load64(vm.arena.words + slot), ipa = meta.ipa + (<uint64_t>index << shift)
+cdef inline void clear_leaf_at(vm_t *vm, uint32_t slot, uint64_t desc, uint32_t context, uint64_t ipa,
+                               int level, int shift) noexcept nogil:
+    """``clear_leaf`` where all that there is to know about it is known."""
     cdef bint table_freed = leaf_removed(&vm.arena, slot, <int>read_tag(desc))
     owe_leaf(&vm.owed, context, ipa, ipa + (<uint64_t>1 << shift), level, table_freed)
     vm.removed += 1
+
+
+cdef inline void clear_leaf(vm_t *vm, uint32_t slot) noexcept nogil:
+    """Remove a live leaf that is on no list any more from its table and the counts."""
+    cdef const page_t *meta = &vm.arena.pages[page_of(&vm.arena, slot)]
+    cdef uint32_t index = slot & vm.arena.slot_mask
+    cdef int shift = level_shift(vm.arena.granule_bits, meta.level)
+    clear_leaf_at(vm, slot, load64(vm.arena.words + slot), meta.context, meta.ipa + (<uint64_t>index << shift),
+                  meta.level, shift)
 
 
 cdef inline bint is_empty(const vm_t *vm, const context_t *context) noexcept nogil:

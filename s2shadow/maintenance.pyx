@@ -15,7 +15,7 @@ from s2shadow.arch cimport DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shif
 from s2shadow.atomics cimport load64
 from s2shadow.config cimport decode_vmid
 from s2shadow.intervals cimport intervals_lose, intervals_reset
-from s2shadow.leaf cimport OP_DROP, clear_leaf, drop_leaf, is_empty, visit_context, visit_init, visit_t
+from s2shadow.leaf cimport OP_DROP, clear_leaf_at, drop_leaf, is_empty, visit_context, visit_init, visit_t
 from s2shadow.lock cimport breathe, lock_exclusive, unlock_exclusive
 from s2shadow.owed cimport (
     CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
@@ -24,12 +24,12 @@ from s2shadow.owed cimport (
 from s2shadow.rmap cimport rmap_unlink
 from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, table_find
 from s2shadow.tlbi cimport (
-    NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
-    tlbi_decode, tlbi_op_t, tlbi_t,
+    CLASS_STAGE1, NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
+    tlbi_decode, tlbi_no_operand, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
-    CLASS_ALL, CLASS_IPA, CLASS_RANGE, CLASS_STAGE1, CLASS_VMALLS12, DROP_CHUNK, TEARDOWN_REVERSE_MAP,
-    context_t, forget_guest_path, kernel_steps_per_context, read_tag, remembered_page, tlbi_class_t, tlbi_counts_t,
+    DROP_CHUNK, TEARDOWN_REVERSE_MAP, context_t, forget_guest_path, kernel_steps_per_context, read_tag,
+    remembered_page, tlbi_counts_t, vcpu_t,
 )
 
 cdef enum:
@@ -51,12 +51,10 @@ cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept no
     return True
 
 
-cdef void drop_whole(vm_t *vm, uint32_t index, tlbi_result_t *result) noexcept nogil:
-    cdef context_t *context = &vm.contexts[index]
+cdef void drop_whole(vm_t *vm, context_t *context, tlbi_result_t *result) noexcept nogil:
+    """Every leaf of a context that is not empty."""
     cdef visit_t visit
-    if is_empty(vm, context):
-        return
-    owe_context(&vm.owed, index)
+    owe_context(&vm.owed, context.shadow.context)
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
     intervals_lose(context.intervals)
     if drop_chunked(vm, context, &visit):
@@ -81,7 +79,7 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
     that the descent ends at. Returns the levels of larger blocks: of those any leaf under the block is named."""
     cdef int level = context.shadow.start_level, shift = level_shift(vm.arena.granule_bits, level)
     cdef int largest = tag_shift(context, lowest_bit(tags))
-    cdef uint32_t slot, known, mask = (<uint32_t>1 << vm.arena.slot_bits) - 1
+    cdef uint32_t slot, known, mask = vm.arena.slot_mask
     cdef uint64_t desc
     cdef uint8_t larger = 0
     slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
@@ -108,7 +106,7 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
     if desc & DESC_VALID and tags >> read_tag(desc) & 1:
         if vm.teardown == TEARDOWN_REVERSE_MAP:     # in line: this is what the budget is of
             rmap_unlink(&vm.rmap, slot)
-            clear_leaf(vm, slot)
+            clear_leaf_at(vm, slot, desc, context.shadow.context, ipa >> shift << shift, level, shift)
         else:
             drop_leaf(vm, slot)
         result.removed += 1
@@ -221,39 +219,45 @@ cdef bint exact_granule(const tlbi_t *tlbi, const context_t *context) noexcept n
 
 cdef void forget_guest_tables(vm_t *vm, const tlbi_t *tlbi, uint16_t vmid) noexcept nogil:
     """What vCPUs remember of L1's tables is a walk cache: last-level forms keep it, all others drop it."""
-    cdef uint32_t i
+    cdef vcpu_t *vcpu = vm.vcpus
+    cdef const vcpu_t *end = vcpu + vm.vcpu_count
     if tlbi.op.last_level or tlbi.names_nothing:
         return
-    for i in range(vm.vcpu_count):
-        if tlbi.op.scope == SCOPE_ALL or vm.vcpus[i].config.vmid == vmid:
-            forget_guest_path(&vm.vcpus[i])
+    while vcpu != end:
+        if vcpu.config.vmid == vmid or tlbi.op.scope == SCOPE_ALL:
+            forget_guest_path(vcpu)
+        vcpu += 1
+
+
+cdef inline void drop_named(vm_t *vm, context_t *context, const tlbi_t *tlbi, const tlbi_t *exact,
+                            tlbi_result_t *result) noexcept nogil:
+    if vm.tlbi_kvm72:
+        drop_as_kvm72(vm, context, tlbi, exact, result)
+    else:
+        drop_extents(vm, context, tlbi, result)
 
 
 cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_t *exact, const tlbi_regs_t *regs,
                        tlbi_result_t *result) noexcept nogil:
     """IPAS2*, RIPAS2*, VMALLS12E1* and ALLE1*."""
     cdef uint16_t vmid = decode_vmid(&vm.features, regs.vttbr, regs.vtcr)
-    cdef context_t *context
-    cdef uint32_t i
+    cdef context_t *context = vm.contexts
+    cdef const context_t *end = context + vm.contexts_used
     cdef bint all_vmids = tlbi.op.scope == SCOPE_ALL, by_ipa = tlbi.op.scope == SCOPE_IPA
     forget_guest_tables(vm, tlbi, vmid)
-    for i in range(vm.contexts_used):
-        context = &vm.contexts[i]
-        if not context.valid or (context.config.vmid != vmid and not all_vmids):
-            continue
-        if by_ipa and not context.config.enabled and not vm.tlbi_kvm72:
-            continue
-        result.contexts += 1
-        if not by_ipa:
-            if vm.tlbi_kvm72:
-                vm.kernel_steps += kernel_steps_per_context(vm)
-            drop_whole(vm, i, result)
-        elif tlbi.names_nothing:
-            continue
-        elif vm.tlbi_kvm72:
-            drop_as_kvm72(vm, context, tlbi, exact, result)
-        else:
-            drop_extents(vm, context, tlbi, result)
+    while context != end:
+        if context.valid and (context.config.vmid == vmid or all_vmids):
+            if not by_ipa:
+                result.contexts += 1
+                if vm.tlbi_kvm72:
+                    vm.kernel_steps += kernel_steps_per_context(vm)
+                if not is_empty(vm, context):
+                    drop_whole(vm, context, result)
+            elif context.config.enabled or vm.tlbi_kvm72:
+                result.contexts += 1
+                if not tlbi.names_nothing:
+                    drop_named(vm, context, tlbi, exact, result)
+        context += 1
 
 
 cdef void owe_one_stage1(vm_t *vm, const tlbi_t *tlbi, uint32_t host_vmid, bint has_asid) noexcept nogil:
@@ -287,38 +291,31 @@ cdef void apply_stage1(vm_t *vm, const tlbi_t *tlbi, const tlbi_regs_t *regs, tl
             owe_one_stage1(vm, tlbi, i + FIRST_CONTEXT_VMID, True)
 
 
-cdef tlbi_class_t class_of(const tlbi_t *tlbi) noexcept nogil:
-    if tlbi.op.scope == SCOPE_IPA:
-        return CLASS_RANGE if tlbi.op.is_range else CLASS_IPA
-    if tlbi.op.scope == SCOPE_VMALLS12:
-        return CLASS_VMALLS12
-    return CLASS_ALL if tlbi.op.scope == SCOPE_ALL and tlbi.op.regime != REGIME_EL2_S1 else CLASS_STAGE1
-
-
 cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs_t *regs,
                      tlbi_result_t *result) noexcept nogil:
     """Do what L1 asked for, under the registers that it had then; no context is acquired."""
     cdef tlbi_t exact, linux
     cdef const tlbi_t *tlbi = &exact
-    cdef tlbi_class_t kind
     cdef tlbi_counts_t *counts
     cdef uint64_t machine_vtcr
-    tlbi_decode(op, xt, &vm.features, regs.vtcr, False, &exact)
+    if op.takes_operand:
+        tlbi_decode(op, xt, &vm.features, regs.vtcr, False, &exact)
+    else:
+        tlbi_no_operand(op, &exact)
     if vm.tlbi_kvm72:                       # Linux cuts a range at the machine's address size
         machine_vtcr = regs.vtcr & ~<uint64_t>0x3F | <uint64_t>(64 - vm.features.pa_bits)
         tlbi_decode(op, xt, &vm.features, machine_vtcr, True, &linux)
         tlbi = &linux
-    kind = class_of(tlbi)
     memset(result, 0, sizeof(tlbi_result_t))
     lock_exclusive(&vm.lock)
     vm.guest_clock += 1                     # before anything goes: what was read of L1's tables until now is void
     owed_begin(&vm.owed)
-    if kind == CLASS_STAGE1:
+    if op.kind == CLASS_STAGE1:
         apply_stage1(vm, tlbi, regs, result)
     else:
         apply_stage2(vm, tlbi, &exact, regs, result)
     owed_end(&vm.owed)
-    counts = &vm.tlbis[<int>kind]
+    counts = &vm.tlbis[<int>op.kind]
     counts.operations += 1
     counts.contexts += result.contexts
     counts.removed += result.removed

@@ -63,7 +63,7 @@ cdef inline uint32_t *link_prev(const arena_t *arena, uint32_t slot) noexcept no
 
 cdef inline uint64_t head_cipa(const rmap_t *rmap, uint32_t head) noexcept nogil:
     cdef const node_t *node = &rmap.nodes[head >> rmap.arena.slot_bits]
-    cdef uint64_t index = head & ((1 << rmap.arena.slot_bits) - 1)
+    cdef uint64_t index = head & rmap.arena.slot_mask
     return node.cipa + (index << level_shift(rmap.arena.granule_bits, node.level))
 
 
@@ -99,7 +99,7 @@ cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_sl
                                     int level) noexcept nogil:
     """``rmap_ensure`` for a leaf under the host leaf in ``host_slot`` of canonical table ``page``, which remembers the
     node of its own block; a node that went meanwhile does not answer to that block."""
-    cdef uint32_t node = load32(&page.node), name, mask = (<uint32_t>1 << rmap.arena.slot_bits) - 1
+    cdef uint32_t node = load32(&page.node), name, mask = rmap.arena.slot_mask
     cdef int at = page.level
     if not node or rmap.nodes[node].level != at or rmap.nodes[node].cipa != page.ipa:
         name = rmap_ensure(rmap, cipa, at)

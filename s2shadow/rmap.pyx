@@ -101,7 +101,7 @@ cdef void give_node(rmap_t *rmap, uint32_t node) noexcept nogil:
 
 cdef inline uint32_t entry_name(const rmap_t *rmap, uint32_t node, uint64_t cipa) noexcept nogil:
     cdef int shift = level_shift(rmap.arena.granule_bits, rmap.nodes[node].level)
-    cdef uint32_t mask = (<uint32_t>1 << rmap.arena.slot_bits) - 1
+    cdef uint32_t mask = rmap.arena.slot_mask
     return node << rmap.arena.slot_bits | (<uint32_t>(cipa >> shift) & mask)
 
 
@@ -239,7 +239,7 @@ cdef void unpin_node(rmap_t *rmap, uint32_t node) noexcept nogil:
 cdef uint32_t rmap_next_list(const rmap_t *rmap, int level, uint64_t *cipa, uint64_t end) noexcept nogil:
     """The first list of ``level`` that is not empty and whose block reaches beyond ``cipa`` and starts below ``end``:
     its head, and its block's start in ``cipa``; or 0. What is not there is stepped over as a whole."""
-    cdef uint32_t node, name, mask = (<uint32_t>1 << rmap.arena.slot_bits) - 1
+    cdef uint32_t node, name, mask = rmap.arena.slot_mask
     cdef uint64_t span
     while cipa[0] < end:
         node = rmap.root

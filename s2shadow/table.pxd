@@ -49,6 +49,7 @@ ctypedef struct arena_t:
     uint64_t table_bytes
     uint64_t link_bytes
     uint64_t rmap_bytes
+    uint32_t slot_mask          # the index of an entry in its page
     uint32_t page_limit
     uint32_t marker_base        # slot names from here on are reverse-map markers: links, but no table entry
     uint32_t marker_limit
@@ -124,7 +125,7 @@ cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint32_t context, 
 
 cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogil:
     cdef const page_t *page = &arena.pages[slot >> arena.slot_bits]
-    cdef uint64_t index = slot & ((1 << arena.slot_bits) - 1)
+    cdef uint64_t index = slot & arena.slot_mask
     return page.ipa + (index << level_shift(arena.granule_bits, page.level))
 
 
@@ -166,7 +167,7 @@ cdef inline uint32_t table_find(const arena_t *arena, const table_t *table, uint
     """Slot where the descent for ``ipa`` ends: a leaf or an invalid entry, at ``level``."""
     cdef int shift = level_shift(arena.granule_bits, table.start_level)
     cdef uint32_t slot = (table.root << arena.slot_bits) + <uint32_t>(ipa >> shift)
-    cdef uint32_t mask = (<uint32_t>1 << arena.slot_bits) - 1
+    cdef uint32_t mask = arena.slot_mask
     cdef uint64_t desc
     level[0] = table.start_level
     while level[0] < FINAL_LEVEL:
@@ -183,7 +184,7 @@ cdef inline uint32_t table_find_near(const arena_t *arena, const table_t *table,
                                      int *level) noexcept nogil:
     """``table_find``, from the deepest page that it shares with the last lookup by ``path``."""
     cdef int at = table.start_level, shift
-    cdef uint32_t slot, page, mask = (<uint32_t>1 << arena.slot_bits) - 1
+    cdef uint32_t slot, page, mask = arena.slot_mask
     cdef uint64_t apart, desc, freed = peek64(&arena.freed)
     if path.freed == freed:
         at = path.level
@@ -259,7 +260,7 @@ cdef inline uint32_t leaf_after(const arena_t *arena, const table_t *table, uint
                                 int *level) noexcept nogil:
     """``next_leaf`` where ``slot``, of ``level``, ends at ``ipa``: mostly its neighbour."""
     slot += 1
-    if level[0] == FINAL_LEVEL and slot & ((<uint32_t>1 << arena.slot_bits) - 1) and ipa[0] < end:
+    if level[0] == FINAL_LEVEL and slot & arena.slot_mask and ipa[0] < end:
         if peek64(arena.words + slot) & DESC_VALID:
             return slot
     return next_leaf(arena, table, ipa, end, level)

@@ -34,6 +34,7 @@ cdef bint arena_init(arena_t *arena, int granule_bits, const oa_format_t *oa, ui
     memset(arena, 0, sizeof(arena_t))
     arena.granule_bits = <uint8_t>granule_bits
     arena.slot_bits = <uint8_t>(granule_bits - 3)
+    arena.slot_mask = (<uint32_t>1 << arena.slot_bits) - 1
     arena.oa = oa[0]
     arena.table_base = table_base
     arena.max_bytes = max_bytes

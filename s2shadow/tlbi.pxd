@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from libc.string cimport memset
+
 from s2shadow.config cimport features_t
 
 ctypedef enum tlbi_regime_t:
@@ -18,6 +20,14 @@ ctypedef enum tlbi_scope_t:
     SCOPE_IPA
     SCOPE_ALL
     SCOPE_VMALLS12
+
+# What operations are counted under.
+ctypedef enum tlbi_class_t:
+    CLASS_IPA
+    CLASS_RANGE
+    CLASS_VMALLS12
+    CLASS_ALL
+    CLASS_STAGE1
 
 ctypedef enum tlbi_need_t:
     NEED_OS = 1
@@ -43,6 +53,7 @@ ctypedef struct tlbi_op_t:
     uint8_t needs               # tlbi_need_t
     uint8_t takes_operand
     uint8_t takes_asid
+    uint8_t kind                # tlbi_class_t
 
 ctypedef struct tlbi_t:
     tlbi_op_t op
@@ -60,3 +71,10 @@ cdef tlbi_status_t tlbi_lookup_word(uint32_t word, const features_t *features, t
 cdef void tlbi_decode(const tlbi_op_t *op, uint64_t xt, const features_t *features, uint64_t vtcr, bint kvm72,
                       tlbi_t *out) noexcept nogil
 cdef object tlbi_encoding(object op, const features_t *features)
+
+
+cdef inline void tlbi_no_operand(const tlbi_op_t *op, tlbi_t *out) noexcept nogil:
+    """Decode an operation that takes no operand."""
+    memset(out, 0, sizeof(tlbi_t))
+    out.op = op[0]
+    out.level = NO_LEVEL

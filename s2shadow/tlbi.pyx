@@ -47,6 +47,14 @@ cdef inline uint32_t table_index(uint32_t op1, uint32_t crn, uint32_t crm, uint3
     return (crn - 8) << 7 | (op1 >> 2) << 6 | crm << 3 | op2
 
 
+cdef tlbi_class_t class_of(int regime, int scope, bint is_range) noexcept:
+    if scope == SCOPE_IPA:
+        return CLASS_RANGE if is_range else CLASS_IPA
+    if scope == SCOPE_VMALLS12:
+        return CLASS_VMALLS12
+    return CLASS_ALL if scope == SCOPE_ALL and regime != REGIME_EL2_S1 else CLASS_STAGE1
+
+
 def _define(str name, int op1, int crm, int op2, int regime, int scope, str share, bint is_range=False,
             bint operand=True, bint asid=False):
     """One operation and its nXS twin."""
@@ -63,6 +71,7 @@ def _define(str name, int op1, int crm, int op2, int regime, int scope, str shar
         op.needs = (NEED_OS if share == "OS" else 0) | (NEED_RANGE if is_range else 0) | (NEED_XS if crn == 9 else 0)
         op.takes_operand = operand
         op.takes_asid = asid
+        op.kind = class_of(regime, scope, is_range)
         names_by_encoding[(op1, crn, crm, op2)] = name + share + twin
         encodings_by_name[name + share + twin] = (op1, crn, crm, op2)
 
@@ -201,14 +210,9 @@ cdef void tlbi_decode(const tlbi_op_t *op, uint64_t xt, const features_t *featur
                       tlbi_t *out) noexcept nogil:
     """Decode an operand. ``vtcr`` gives DS and the input size. Reserved bits are ignored."""
     cdef int ia_bits
-    out.op = op[0]
-    out.names_nothing = 0
-    out.granule_bits = 0
-    out.level = NO_LEVEL
-    out.ttl = 0
-    out.asid = <uint16_t>(xt >> 48) if op.takes_asid else 0
-    out.start = 0
-    out.end = 0
+    tlbi_no_operand(op, out)
+    if op.takes_asid:
+        out.asid = <uint16_t>(xt >> 48)
     if op.scope == SCOPE_IPA:
         ia_bits = <int>(64 - bits(vtcr, 0, 6))
         if ia_bits > 52:

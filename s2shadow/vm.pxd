@@ -40,13 +40,6 @@ ctypedef enum teardown_t:
     TEARDOWN_BLOW_AWAY
     TEARDOWN_BLOW_AWAY_LEAN
 
-ctypedef enum tlbi_class_t:
-    CLASS_IPA
-    CLASS_RANGE
-    CLASS_VMALLS12
-    CLASS_ALL
-    CLASS_STAGE1
-
 ctypedef enum populate_t:
     POPULATE_NONE
     POPULATE_LINEAR
@@ -104,22 +97,36 @@ ctypedef struct guest_table_t:
     uint64_t key
     const uint64_t *words
 
+# The head of a fault_t.
+ctypedef struct answer_t:
+    uint8_t kind
+    uint8_t fsc
+    int8_t level
+    uint8_t perm
+    uint16_t context
+    uint16_t nothing
+
 # What the last fault looked like that was served without ado, and where leaf tables are: plainfault.pxd.
 ctypedef struct plain_t:
     uint64_t epoch              # raised when L1's tables must be forgotten
+    uint64_t learnt             # raised when what follows is written
     uint64_t guest_mask         # what a descriptor of L1's must say, but for the address,
     uint64_t guest_says
     uint64_t guest_oa
     uint64_t host_says          # and one of the host's
     uint64_t leaf               # the shadow leaf then, without an address
     uint64_t leaf_size
+    uint64_t leaf_base          # bits of an address that its leaf shares,
+    uint64_t guest_offset       # and those within L1's
+    uint64_t host_offset        # and the host's
+    answer_t answer
+    uint32_t accesses           # those that the leaf allows, a bit for each; 0: there is no last fault
     uint8_t guest_shift         # of the leaves' sizes
     uint8_t host_shift
     uint8_t shadow_shift
     uint8_t guest_span          # of the tables that hold them
     uint8_t host_span
     uint8_t shadow_span
-    uint8_t perm
     int8_t guest_level
     int8_t host_level
     int8_t shadow_level
@@ -210,7 +217,7 @@ cdef inline void forget_ways(vcpu_t *vcpu) noexcept nogil:
     forget_guest_path(vcpu)
     forget_path(&vcpu.shadow_path)
     vcpu.memo.host = 0
-    vcpu.plain.perm = 0
+    vcpu.plain.accesses = 0
 
 
 cdef inline uint64_t kernel_steps_per_context(const vm_t *vm) noexcept nogil:
