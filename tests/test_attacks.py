@@ -1,12 +1,14 @@
 """What an L1 can make L0 spend: bytes, leaves and steps are counted here; times are in ``bench/attacks.py``."""
 
+import time
+
 import numpy as np
 import pytest
 
 import s2shadow
 from beside import beside
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables, flags
-from s2shadow import HIT, HOST_FAULT, MAPPED, READ, RETRY, WRITE
+from s2shadow import HIT, HOST_FAULT, MAPPED, PTW, READ, RETRY, WRITE
 
 MANY = 10_000  # more leaves than two sections drop or change
 BLOCK = 2 * M
@@ -152,6 +154,46 @@ def test_faults_go_on_beside(teardown):
     assert kinds[PAGE] <= {HIT, MAPPED, HOST_FAULT, RETRY}
     r.vm.check()
     assert not (r.shadow()["perm"] & 2).any()
+
+
+def unmap_and_refill(r):
+    r.vm.unmap(DATA, DATA + PAGE)
+    r.vm.host.map(DATA, HOST + DATA, PAGE)
+    r.vcpu.fault_many(r.touch, WRITE)
+
+
+@pytest.mark.parametrize(
+    ("change", "access"),
+    [
+        (lambda r: r.vm.test_young(DATA, DATA + PAGE), READ),
+        (lambda r: r.vm.test_young(DATA, DATA + PAGE), READ | PTW),
+        (unmap_and_refill, READ),
+    ],
+    ids=["plain", "not plain", "unmap"],
+)
+def test_retry_amid_a_long_change(change, access):
+    """While a page with ten thousand aliases is changed in sections, a fault on it hears RETRY: on a live leaf, and on
+    one that L1 just invalidated, which does not come back meanwhile."""
+    r = aliased(vcpus=2, contexts=4)
+    other = r.new_tables()
+    other.map_range(0, DATA, 2 * PAGE)      # the second keeps the leaf table
+    other.map(2 * PAGE, DATA)
+    r.load(7, other, n=1)
+    heard = {0: set(), 2 * PAGE: set()}
+
+    def fault():
+        heard[0].add(r.fault(0, READ, n=1).kind)
+        r.fault(PAGE, READ, n=1)
+        r.vm.vcpus[1].tlbi("IPAS2LE1IS", 2)
+        heard[2 * PAGE].add(r.fault(2 * PAGE, access, n=1).kind)
+
+    with beside(fault) as failures:
+        until = time.monotonic() + 30
+        while not all(RETRY in kinds for kinds in heard.values()) and not failures and time.monotonic() < until:
+            change(r)
+    for kinds in heard.values():
+        assert RETRY in kinds and kinds <= {HIT, MAPPED, HOST_FAULT, RETRY}
+    r.vm.check()
 
 
 def test_leaves_go_while_they_are_narrowed():
