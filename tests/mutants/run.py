@@ -1,8 +1,8 @@
 """Make the mistakes of mutants.toml one at a time, and look for the test that notices: run.py CLONE OUT [NAME…].
 
 CLONE is a clean clone that is built in place, and whose environment runs this. First the tests that the list names
-must pass there. Then each mistake is made, built (only what depends on it) and tried: with the tests that the list
-names for it, then with all others, then with the slow ones. OUT keeps ``results.jsonl``, so that a run that was
+must pass there. Then each mistake is made, built (only what depends on it) and tried with the tests that the list names
+for it; in the end, what none of those noticed with all others. OUT keeps ``results.jsonl``, so that a run that was
 interrupted goes on, and ``RESULTS.md``. A result counts for as long as the engine, the mistake and the file of the
 test that noticed are the same. The exit code is 1 if a mistake went unnoticed, 2 if the list is stale, does not build,
 or names tests that fail anyway.
@@ -29,7 +29,8 @@ SLOW = ["tests/test_bench_tools.py", "tests/test_cli_dump.py", "tests/test_docs.
         "tests/test_whole_files.py"]  # fmt: skip
 NOT_ABOUT_THIS = ["tests/test_mutant_list.py"]  # of course it notices
 BUILD_LIMIT, SUITE_LIMIT = 1800, 3600  # seconds
-VERDICT = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - (.*))?$", re.MULTILINE)
+VERDICT = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - .*)?$", re.MULTILINE)
+WHY = re.compile(r"^E +([\w.]+)", re.MULTILINE)
 UNDER_WAY = re.compile(r"^(tests/\S+::.+?) $")
 
 
@@ -52,12 +53,11 @@ def run(command, folder, limit, log):
                 process.wait()
 
 
-def how_it_failed(message):
-    """In a word or two, from the line that pytest gives a failure."""
-    if not message or message.startswith(("assert", "AssertionError", "Failed: DID NOT RAISE")):
-        return "assertion"
-    kind = re.match(r"[\w.]*", message)[0].rpartition(".")[2]
-    return "`vm.check()`" if kind == "InvariantError" else kind or "failure"
+def how_it_failed(said):
+    """In a word or two, from what pytest says of the first failure."""
+    kind = match[1].rpartition(".")[2] if (match := WHY.search(said)) else "failure"
+    return {"assert": "assertion", "AssertionError": "assertion", "Failed": "assertion",
+            "InvariantError": "`vm.check()`"}.get(kind, kind)  # fmt: skip
 
 
 def in_git(clone, what):
@@ -131,30 +131,25 @@ class Trial:
         failed = VERDICT.findall(said)
         if not failed:
             raise Broken(f"pytest ended with {code}:\n" + said[-3000:])
-        return failed[0][0], how_it_failed(failed[0][1])
+        return failed[0], how_it_failed(said)
 
     def files(self):
         return sorted(path.relative_to(self.clone).as_posix() for path in (self.clone / "tests").glob("test_*.py"))
 
-    def hunt(self, mutant, seconds):
-        """The test that notices, how, and where it was looked for; all None if none does."""
+    def others(self, mutant):
+        """All test files that a mistake's own are not, the slow ones last."""
         rest = [file for file in self.files() if file not in [*mutant.tests, *NOT_ABOUT_THIS]]
-        quick, slow = [file for file in rest if file not in SLOW], [file for file in rest if file in SLOW]
-        named_limit = 60 + 5 * sum(seconds[test] for test in mutant.tests)
-        for where, tests, limit in (("named", mutant.tests, named_limit), ("all", quick, SUITE_LIMIT),
-                                    ("slow", slow, SUITE_LIMIT)):  # fmt: skip
-            if found := self.pytest(tests, limit):
-                return *found, where
-        return None, None, None
+        return sorted(rest, key=lambda file: file in SLOW)
 
-    def attempt(self, mutant, seconds):
+    def attempt(self, mutant, tests, limit):
+        """The test that notices a mistake, and how; None if none does."""
         path = self.clone / mutant.file
         text, stat = path.read_text(), path.stat()
         mutated = mutant.mutated(self.clone)
         try:
             path.write_text(mutated)
             self.build(mutant.name)
-            return self.hunt(mutant, seconds)
+            return self.pytest(tests, limit)
         finally:
             self.restore(mutant.file, text, (stat.st_atime_ns, stat.st_mtime_ns))
 
@@ -203,17 +198,26 @@ def main(clone, out, names):
                 raise Broken(f"without a mistake {failed[0]} fails: {failed[1]}\n" + trial.log.read_text()[-3000:])
             seconds[test] = time.monotonic() - began
             print(f"passes without a mistake: {test}, {seconds[test]:.0f} s", flush=True)
-        for n, mutant in enumerate(todo, 1):
-            began = time.monotonic()
-            test, how, where = trial.attempt(mutant, seconds)
-            results[mutant.name] = {
-                "name": mutant.name, "of": fingerprint(clone, mutant), "commit": commit, "test": test, "how": how,
-                "where": where, "test_file": in_git(clone, f"HEAD:{test.partition('::')[0]}") if test else None,
-            }  # fmt: skip
-            with open(journal, "a") as file:
-                file.write(json.dumps(results[mutant.name]) + "\n")
-            shown = f"{test}: {how}" if test else "NOT NOTICED"
-            print(f"{n}/{len(todo)} {mutant.name}: {shown} ({time.monotonic() - began:.0f} s)", flush=True)
+        left = []
+        for where, round_ in (("named", todo), ("all", left)):
+            for n, mutant in enumerate(round_, 1):
+                began = time.monotonic()
+                if where == "named":
+                    found = trial.attempt(mutant, mutant.tests, 60 + 5 * sum(seconds[test] for test in mutant.tests))
+                else:
+                    found = trial.attempt(mutant, trial.others(mutant), SUITE_LIMIT)
+                test, how = found or (None, None)
+                shown = f"{test}: {how}" if test else "not noticed"
+                print(f"{n}/{len(round_)} {mutant.name}: {shown} ({time.monotonic() - began:.0f} s)", flush=True)
+                if not test and where == "named":
+                    left.append(mutant)             # when the others are through, by all other tests
+                    continue
+                results[mutant.name] = {
+                    "name": mutant.name, "of": fingerprint(clone, mutant), "commit": commit, "test": test, "how": how,
+                    "where": where, "test_file": in_git(clone, f"HEAD:{test.partition('::')[0]}") if test else None,
+                }  # fmt: skip
+                with open(journal, "a") as file:
+                    file.write(json.dumps(results[mutant.name]) + "\n")
     (out / "RESULTS.md").write_text(table(mutants, results))
     missed = [name for name in names or by_name if not results[name]["test"]]
     print(f"{len(names or by_name) - len(missed)} of {len(names or by_name)} mistakes were noticed", *missed, sep="\n")
