@@ -28,8 +28,15 @@ cdef extern from *:
     static inline void *s2_loadp(void *const *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline void s2_storep(void **p, void *v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline void s2_prefetch(const void *p) { __builtin_prefetch(p); }
+    /* gcc and clang know PREFETCHW only where they are told of it; where it is missing it does nothing */
+    #ifdef __x86_64__
+    static inline void s2_prefetchw(const void *p) { __asm__ volatile("prefetchw %0" : : "m"(*(const char *)p)); }
+    #else
+    static inline void s2_prefetchw(const void *p) { __builtin_prefetch(p, 1); }
+    #endif
     """
     void prefetch "s2_prefetch"(const void *address) noexcept nogil         # a hint: never faults
+    void prefetch_to_write "s2_prefetchw"(const void *address) noexcept nogil
     uint64_t load64 "s2_load64"(const uint64_t *address) noexcept nogil
     uint64_t peek64 "s2_peek64"(const uint64_t *address) noexcept nogil
     void store64 "s2_store64"(uint64_t *address, uint64_t value) noexcept nogil

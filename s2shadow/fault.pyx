@@ -418,7 +418,7 @@ cdef inline install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint32_t 
         if not head:
             store64(vm.arena.words + slot, 0)
             return INSTALL_NO_MEMORY
-        rmap_push(&vm.rmap, head, slot)
+        rmap_push(&vm.rmap, head, slot, vm.arena.alone)
     else:
         vm.arena.links[slot] = block
         if (vm.teardown == TEARDOWN_INTERVAL_MAP
@@ -426,7 +426,7 @@ cdef inline install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint32_t 
                                          slot_ipa(&vm.arena, slot))):
             store64(vm.arena.words + slot, 0)
             return INSTALL_NO_MEMORY
-    leaf_added(&vm.arena, slot, leaf.guest_level - LEVEL_STAGE2_OFF)
+    leaf_added(&vm.arena, slot, leaf.guest_level - LEVEL_STAGE2_OFF, vm.arena.alone)
     store64(vm.arena.words + slot, leaf.desc)
     vcpu.installed += 1
     out.kind = KIND_MAPPED

@@ -306,7 +306,7 @@ cdef bint put_host_leaf(vm_t *vm, uint64_t cipa, uint64_t pa, int level, const h
     cdef uint32_t slot = table_ensure(&vm.arena, &vm.canonical, cipa, level, &reached)
     if not slot or reached != level or load64(vm.arena.words + slot):
         return False
-    leaf_added(&vm.arena, slot, 0)
+    leaf_added(&vm.arena, slot, 0, vm.arena.alone)
     vm.canonical_leaves += 1
     store64(vm.arena.words + slot, host_desc(vm, cipa, pa, level, attrs))
     return True

@@ -12,12 +12,12 @@ from s2shadow.arch cimport (
     ACCESS_PTW, DESC_AF, DESC_CONTIGUOUS, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_SH_SHIFT, DESC_XN,
     LEVEL_STAGE2_OFF, hpfar, level_shift, required_perm,
 )
-from s2shadow.atomics cimport cas64, load64, peek64, prefetch, store32, store64
+from s2shadow.atomics cimport cas64, load64, peek64, prefetch, prefetch_to_write, store32, store64
 from s2shadow.combine cimport combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
-from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of
+from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t
 from s2shadow.vm cimport (
     EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, answer_t, fault_t, guest_table_t, plain_t,
     remembered_page, vcpu_t, vm_t,
@@ -35,17 +35,20 @@ cdef inline uint64_t span_start(uint64_t address, int bits) noexcept nogil:
 # Where the leaves of a fault are, found ahead of it.
 ctypedef struct plain_way_t:
     uint64_t cipa
-    uint32_t slot               # of the shadow; 0: the fault is not plain
-    uint32_t host_page
+    uint32_t slot               # of the shadow
+    uint32_t host_page          # 0: the fault is not plain
+    uint32_t host_slot
 
 
-cdef inline uint32_t plain_slot(const vm_t *vm, const vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
-    """The shadow's slot, or 0."""
+cdef inline uint32_t plain_page(const vm_t *vm, const vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
+    """The shadow's table, or 0."""
     cdef const plain_t *plain = &vcpu.plain
     cdef uint32_t page = remembered_page(vm, vcpu.context, ipa, plain.shadow_span, plain.shadow_level)
-    if not page or not vm.arena.pages[page].has_links:
-        return 0
-    return page << vm.arena.slot_bits | (<uint32_t>(ipa >> plain.shadow_shift) & vm.arena.slot_mask)
+    return page if vm.arena.pages[page].has_links else 0
+
+
+cdef inline uint32_t plain_slot(const vm_t *vm, const vcpu_t *vcpu, uint32_t page, uint64_t ipa) noexcept nogil:
+    return page << vm.arena.slot_bits | (<uint32_t>(ipa >> vcpu.plain.shadow_shift) & vm.arena.slot_mask)
 
 
 cdef inline const uint64_t *plain_guest(const vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
@@ -77,7 +80,7 @@ cdef inline bint plain_cipa(vcpu_t *vcpu, uint64_t desc, uint64_t ipa, uint64_t 
     return region != NULL and holds_leaf(region, at & plain.leaf_base, plain.leaf_size)
 
 
-cdef inline uint32_t plain_host_page(const vm_t *vm, const vcpu_t *vcpu, uint64_t cipa) noexcept nogil:
+cdef inline uint32_t plain_host(const vm_t *vm, const vcpu_t *vcpu, uint64_t cipa) noexcept nogil:
     """The host's table, or 0."""
     cdef const plain_t *plain = &vcpu.plain
     cdef uint32_t page = plain.host[cipa >> plain.host_span & (LEAF_TABLES - 1)]
@@ -86,30 +89,46 @@ cdef inline uint32_t plain_host_page(const vm_t *vm, const vcpu_t *vcpu, uint64_
     return page
 
 
+cdef inline uint32_t plain_host_slot(const vm_t *vm, const vcpu_t *vcpu, uint32_t page, uint64_t cipa) noexcept nogil:
+    return page << vm.arena.slot_bits | (<uint32_t>(cipa >> vcpu.plain.host_shift) & vm.arena.slot_mask)
+
+
 cdef inline bint plain_access(const vcpu_t *vcpu, uint8_t access) noexcept nogil:
     return vcpu.plain.accesses >> access & 1
 
 
-cdef inline bint install_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint64_t cipa, uint32_t slot,
-                                 uint32_t host_page, fault_t *out) noexcept nogil:
-    """Put the leaf into a slot that was free; False, and nothing done, where the host's leaf is not plain. ``out`` is
-    only written, whole."""
-    cdef const plain_t *plain = &vcpu.plain
-    cdef uint32_t head, place = <uint32_t>(cipa >> plain.host_shift) & vm.arena.slot_mask
-    cdef uint32_t host_slot = host_page << vm.arena.slot_bits | place
-    cdef uint64_t desc = load64(vm.arena.words + host_slot), seen = 0
-    if desc & ~vm.arena.oa.mask != plain.host_says or vm.active_count or is_logged(&vm.dirty, cipa):
+cdef inline bint put_leaf(vm_t *vm, const plain_t *plain, uint64_t cipa, uint32_t slot, page_t *host,
+                          uint32_t host_slot, uint64_t leaf, bint alone) noexcept nogil:
+    """List and count a leaf, and write it; False where another thread is at the slot, or there is no node to list it
+    in."""
+    cdef uint64_t seen = 0
+    cdef uint32_t head
+    if not alone and not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
         return False
-    desc = desc & vm.arena.oa.mask | cipa & plain.host_offset
-    if not vm.arena.alone and not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
-        return False
-    head = rmap_head_near(&vm.rmap, &vm.arena.pages[host_page], host_slot, cipa, plain.shadow_level)
+    head = rmap_head_near(&vm.rmap, host, host_slot, cipa, plain.shadow_level)
     if not head:
         store64(vm.arena.words + slot, 0)
         return False
-    rmap_push(&vm.rmap, head, slot)
-    leaf_added(&vm.arena, slot, plain.guest_level - LEVEL_STAGE2_OFF)
-    store64(vm.arena.words + slot, plain.leaf | desc & plain.leaf_base)
+    rmap_push(&vm.rmap, head, slot, alone)
+    leaf_added(&vm.arena, slot, plain.guest_level - LEVEL_STAGE2_OFF, alone)
+    store64(vm.arena.words + slot, leaf)
+    return True
+
+
+cdef inline bint install_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint64_t cipa, uint32_t slot,
+                                 page_t *host, uint32_t host_slot, fault_t *out) noexcept nogil:
+    """Put the leaf into a slot that was free; False, and nothing done, where the host's leaf is not plain, in the slot
+    of table ``host``. ``out`` is only written, whole."""
+    cdef const plain_t *plain = &vcpu.plain
+    cdef uint64_t desc = load64(vm.arena.words + host_slot)
+    if desc & ~vm.arena.oa.mask != plain.host_says or vm.active_count or is_logged(&vm.dirty, cipa):
+        return False
+    desc = desc & vm.arena.oa.mask | cipa & plain.host_offset
+    if vm.arena.alone:
+        if not put_leaf(vm, plain, cipa, slot, host, host_slot, plain.leaf | desc & plain.leaf_base, True):
+            return False
+    elif not put_leaf(vm, plain, cipa, slot, host, host_slot, plain.leaf | desc & plain.leaf_base, False):
+        return False
     memcpy(out, &plain.answer, sizeof(answer_t))
     out.ipa = ipa
     out.cipa = cipa
@@ -121,19 +140,21 @@ cdef inline bint install_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint64_t 
 
 cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
     """Serve a fault (shared side); False, and nothing done, where it is not plain. Counts are the caller's."""
-    cdef uint32_t slot, host_page
+    cdef uint32_t slot, page
     cdef const uint64_t *entry
     cdef uint64_t cipa = 0
     if not plain_access(vcpu, access):
         return False
-    slot = plain_slot(vm, vcpu, ipa)
-    if not slot or peek64(vm.arena.words + slot):
+    page = plain_page(vm, vcpu, ipa)
+    slot = plain_slot(vm, vcpu, page, ipa)
+    if not page or peek64(vm.arena.words + slot):
         return False
     entry = plain_guest(vcpu, ipa)
     if entry == NULL or not plain_cipa(vcpu, load64(entry), ipa, &cipa):
         return False
-    host_page = plain_host_page(vm, vcpu, cipa)
-    return host_page and install_plainly(vm, vcpu, ipa, cipa, slot, host_page, out)
+    page = plain_host(vm, vcpu, cipa)
+    return page and install_plainly(vm, vcpu, ipa, cipa, slot, &vm.arena.pages[page],
+                                    plain_host_slot(vm, vcpu, page, cipa), out)
 
 
 cdef inline int64_t find_ways(const vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, int64_t n,
@@ -144,7 +165,7 @@ cdef inline int64_t find_ways(const vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas
     is let go or the vCPU learns another shape."""
     cdef const uint64_t *entries[WAYS]
     cdef const plain_t *plain = &vcpu.plain
-    cdef uint32_t slot, page, place
+    cdef uint32_t slot, host_slot, page, node
     cdef uint64_t cipa = 0
     cdef int64_t i
     if n > WAYS:
@@ -152,33 +173,35 @@ cdef inline int64_t find_ways(const vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas
     if n < 2 or not plain.accesses or not (ipas[0] ^ ipas[n - 1]) >> plain.guest_span:
         return 0
     for i in range(n):
-        slot = plain_slot(vm, vcpu, ipas[i])
-        entries[i] = plain_guest(vcpu, ipas[i]) if slot else NULL
+        page = plain_page(vm, vcpu, ipas[i])
+        slot = plain_slot(vm, vcpu, page, ipas[i])
+        entries[i] = plain_guest(vcpu, ipas[i]) if page else NULL
         ways[i].slot = slot
         prefetch(entries[i])
-        prefetch(vm.arena.words + slot)
-        prefetch(vm.arena.links + slot)
+        prefetch_to_write(vm.arena.words + slot)
+        prefetch_to_write(vm.arena.links + slot)
+        prefetch_to_write(&vm.arena.pages[page].live)
     for i in range(n):
         page = 0
         if entries[i] != NULL and plain_cipa(vcpu, load64(entries[i]), ipas[i], &cipa):
-            page = plain_host_page(vm, vcpu, cipa)
-        if not page:
-            ways[i].slot = 0
-            continue
+            page = plain_host(vm, vcpu, cipa)
+        host_slot = plain_host_slot(vm, vcpu, page, cipa)
         ways[i].cipa = cipa
         ways[i].host_page = page
-        place = <uint32_t>(cipa >> plain.host_shift) & vm.arena.slot_mask
-        prefetch(vm.arena.words + (page << vm.arena.slot_bits | place))
-        prefetch(vm.rmap.heads + (vm.arena.pages[page].node << vm.arena.slot_bits | place))
+        ways[i].host_slot = host_slot
+        prefetch(vm.arena.words + host_slot)
+        node = vm.arena.pages[page].node
+        prefetch_to_write(&vm.rmap.nodes[node].used)
+        prefetch_to_write(vm.rmap.heads + (node << vm.arena.slot_bits | host_slot & vm.arena.slot_mask))
     return n
 
 
 cdef inline bint fault_on_way(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, const plain_way_t *way,
                               fault_t *out) noexcept nogil:
     """``fault_plainly`` where the way was found ahead, under this shared section."""
-    if not way.slot or not plain_access(vcpu, access) or peek64(vm.arena.words + way.slot):
+    if not way.host_page or not plain_access(vcpu, access) or peek64(vm.arena.words + way.slot):
         return False
-    return install_plainly(vm, vcpu, ipa, way.cipa, way.slot, way.host_page, out)
+    return install_plainly(vm, vcpu, ipa, way.cipa, way.slot, &vm.arena.pages[way.host_page], way.host_slot, out)
 
 
 cdef inline void learn_tables(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t *walked, uint32_t host_slot,

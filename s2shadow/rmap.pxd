@@ -133,20 +133,20 @@ cdef inline uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noe
     return name
 
 
-cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot) noexcept nogil:
+cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot, bint alone) noexcept nogil:
     """Put a leaf at the front of a list. Lock-free: pushes may race with pushes, never with unlinks."""
     cdef uint32_t first = load32(rmap.heads + head)
     cdef node_t *node = &rmap.nodes[head >> rmap.arena.slot_bits]
     store32(link_prev(rmap.arena, slot), HEAD_TAG | head)
     store32(link_next(rmap.arena, slot), first)
-    if rmap.arena.alone:
+    if alone:
         store32(rmap.heads + head, slot)
     else:
         while not cas32(rmap.heads + head, &first, slot):
             store32(link_next(rmap.arena, slot), first)
     if first:
         store32(link_prev(rmap.arena, first), slot)
-    elif rmap.arena.alone:
+    elif alone:
         bump32(&node.used, 1)
     else:
         fetch_add32(&node.used, 1)

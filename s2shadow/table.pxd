@@ -217,9 +217,10 @@ cdef inline void forget_path(table_path_t *path) noexcept nogil:
     path.freed = ~<uint64_t>0
 
 
-cdef inline uint16_t count16(const arena_t *arena, uint16_t *counter) noexcept nogil:
-    """One more, on the shared side; what it was before."""
-    return bump16(counter, 1) if arena.alone else fetch_add16(counter, 1)
+cdef inline uint16_t count16(uint16_t *counter, bint alone) noexcept nogil:
+    """One more, on the shared side; what it was before. ``alone``: of the arena, here and below, so that a caller that
+    knows it pays for no test."""
+    return bump16(counter, 1) if alone else fetch_add16(counter, 1)
 
 
 cdef inline bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
@@ -228,19 +229,19 @@ cdef inline bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
     return meta.has_links or not arena.keeps_links or charge_links(arena, meta)
 
 
-cdef inline void entry_added(arena_t *arena, uint32_t page) noexcept nogil:
+cdef inline void entry_added(arena_t *arena, uint32_t page, bint alone) noexcept nogil:
     """Count one more valid entry."""
     cdef page_t *meta = &arena.pages[page]
-    if count16(arena, &meta.live) == 0 and meta.is_root:
+    if count16(&meta.live, alone) == 0 and meta.is_root:
         root_in_use(arena)
 
 
-cdef inline void leaf_added(arena_t *arena, uint32_t slot, int tag) noexcept nogil:
+cdef inline void leaf_added(arena_t *arena, uint32_t slot, int tag, bint alone) noexcept nogil:
     """Count the leaf that is being put into ``slot``. ``tag``: guest level + 2."""
     cdef uint32_t page = page_of(arena, slot)
     cdef page_t *meta = &arena.pages[page]
-    entry_added(arena, page)
-    if count16(arena, &meta.holds[tag]) == 0:
+    entry_added(arena, page, alone)
+    if count16(&meta.holds[tag], alone) == 0:
         first_of_level(arena, meta, tag)
 
 

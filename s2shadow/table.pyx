@@ -221,7 +221,7 @@ cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int lev
     meta.level = <int8_t>(level + 1)
     meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
     if cas64(arena.words + slot, &seen, table_desc(arena, page)):
-        entry_added(arena, page_of(arena, slot))
+        entry_added(arena, page_of(arena, slot), arena.alone)
         if meta.level == FINAL_LEVEL and meta.context != CANONICAL:
             pageset_add(&arena.leaf_tables, page)
         return True
