@@ -242,6 +242,26 @@ def test_callable_invalidates(r):
     r.vm.check()
 
 
+@pytest.mark.parametrize("others", [0, 1, 30, 31, 32, 33, 62, 63, 64, 65, 100, 200])
+def test_callable_is_overtaken(r, others):
+    """The host takes the very page while it is asked for, and then so many others: the answer is not mapped."""
+    asked = []
+
+    def populate(cipa, access):
+        asked.append(cipa)
+        if len(asked) == 1:
+            r.vm.unmap(DATA, DATA + PAGE)
+            for n in range(others):
+                r.vm.unmap(DATA + (8 + n) * PAGE, DATA + (9 + n) * PAGE)
+        return HostMapping((1 + len(asked)) * HOST, PAGE)
+
+    r.vm.host.populate = populate
+    f = r.fault(0)
+    assert (f.kind, f.pa) == (MAPPED, 3 * HOST)
+    assert asked == [DATA, DATA]
+    r.vm.check()
+
+
 def test_callable_changes_l1s_table(r):
     """L1's table changes while it is asked: the fault starts over, and the new address is asked for."""
     asked = []
