@@ -292,6 +292,23 @@ def test_cold_contexts_go_first():
     r.vm.check()
 
 
+def test_contexts_in_use_pay_table_by_table():
+    """At the bound, with nothing cold, one leaf table is taken at a time, whose ever it is: no context that a vCPU runs
+    on is emptied."""
+    r = Rig(vcpus=2, contexts=2, max_table_bytes=1200 * K)
+    r.tables.next = RAM + 8 * M
+    for n in range(200):
+        r.tables.map(n * 2 * M, DATA + n * PAGE)
+    r.load(2, n=1)
+    for n in range(20):
+        assert r.fault(n * 2 * M, n=1).kind == MAPPED
+    for n in range(200):
+        assert r.fault(n * 2 * M).kind == MAPPED
+        assert r.vm.stats.live == 20 + n + 1 - r.vm.stats.evictions
+    assert r.vm.stats.evictions > 20
+    r.vm.check()
+
+
 def test_eviction_looks_at_few():
     """Thousands of the host's own tables between the shadows': an eviction does not go through them."""
     r = Rig(host=False, max_table_bytes=24 * M)
