@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -20,7 +20,11 @@ from seed import SEED  # noqa: E402 (of a module that all tests share: this one 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", deadline=None, max_examples=100, suppress_health_check=SLOW)
 settings.register_profile("long", deadline=None, max_examples=5000, suppress_health_check=SLOW)
-settings.load_profile("long" if os.environ.get("S2SHADOW_LONG") == "1" else "default")
+# that something fails is all one wants to know
+settings.register_profile("any-failure", deadline=None, max_examples=100, suppress_health_check=SLOW,
+                          phases=[Phase.explicit, Phase.reuse, Phase.generate])
+settings.load_profile(os.environ.get("S2SHADOW_PROFILE") or
+                      ("long" if os.environ.get("S2SHADOW_LONG") == "1" else "default"))
 
 NOTES = pytest.StashKey[list[str]]()
 

@@ -1,12 +1,14 @@
 """What an L1 can make L0 spend: bytes, leaves and steps are counted here; times are in ``bench/attacks.py``."""
 
+import time
+
 import numpy as np
 import pytest
 
 import s2shadow
 from beside import beside
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables, flags
-from s2shadow import HIT, HOST_FAULT, MAPPED, READ, RETRY, WRITE
+from s2shadow import HIT, HOST_FAULT, MAPPED, PTW, READ, RETRY, WRITE
 
 MANY = 10_000  # more leaves than two sections drop or change
 BLOCK = 2 * M
@@ -101,6 +103,18 @@ def test_age_aliases():
     r.vm.check()
 
 
+def test_a_long_change_ends_at_its_end():
+    """Behind ten thousand aliases, a page without any, where the range ends: the page behind it is left alone."""
+    r = aliased()
+    r.tables.map(MANY * PAGE, DATA + 2 * PAGE)
+    assert r.fault(MANY * PAGE, WRITE).kind == MAPPED
+    r.vm.age(DATA, DATA + 2 * PAGE)
+    assert [row["ipa"].item() for row in r.shadow() if row["young"]] == [MANY * PAGE]
+    r.vm.log_dirty(DATA, DATA + 2 * PAGE)
+    r.vm.host.protect(DATA, DATA + 2 * PAGE, "r")
+    r.vm.check()
+
+
 @pytest.mark.parametrize("size", [PAGE, BLOCK])
 def test_remap_aliases(size):
     """Another page of the host's in its place: every shadow goes, and is counted."""
@@ -152,6 +166,49 @@ def test_faults_go_on_beside(teardown):
     assert kinds[PAGE] <= {HIT, MAPPED, HOST_FAULT, RETRY}
     r.vm.check()
     assert not (r.shadow()["perm"] & 2).any()
+
+
+def unmap_and_refill(r):
+    r.vm.unmap(DATA, DATA + PAGE)
+    r.vm.host.map(DATA, HOST + DATA, PAGE)
+    r.vcpu.fault_many(r.touch, WRITE)
+
+
+@pytest.mark.parametrize(
+    ("change", "access"),
+    [
+        (lambda r: r.vm.test_young(DATA, DATA + PAGE), READ),
+        (lambda r: r.vm.test_young(DATA, DATA + PAGE), READ | PTW),
+        (unmap_and_refill, READ),
+    ],
+    ids=["plain", "not plain", "unmap"],
+)
+def test_retry_amid_a_long_change(change, access):
+    """While a page with ten thousand aliases is changed in sections, a fault on it hears RETRY: on a leaf that is live
+    all the time, and on one that L1 just invalidated, which does not come back meanwhile."""
+    r = aliased(vcpus=2, contexts=4)
+    vcpu, other = r.vm.vcpus[1], r.new_tables()
+    other.map_range(0, DATA, 2 * PAGE)      # the second keeps the leaf table
+    other.map(2 * PAGE, DATA)
+    r.load(7, other, n=1)
+    assert (vcpu.fault_many([0, PAGE, 2 * PAGE])["kind"] == MAPPED).all()
+    live, gone = set(), set()
+
+    def fault():
+        answers = [vcpu.translate(0).kind, vcpu.fault(0).kind, vcpu.translate(0).kind]
+        if answers[0] == answers[2] == HIT:
+            live.add(answers[1])
+        vcpu.tlbi("IPAS2LE1IS", 2)
+        gone.add(vcpu.fault(2 * PAGE, access).kind)
+
+    wanted = [gone] if change == unmap_and_refill else [gone, live]
+    with beside(fault) as failures:
+        until = time.monotonic() + 30
+        while not all(RETRY in kinds for kinds in wanted) and not failures and time.monotonic() < until:
+            change(r)
+    assert all(RETRY in kinds for kinds in wanted)
+    assert live <= {HIT, RETRY} and gone <= {MAPPED, HOST_FAULT, RETRY}
+    r.vm.check()
 
 
 def test_leaves_go_while_they_are_narrowed():
@@ -244,6 +301,23 @@ def test_cold_contexts_go_first():
         n += 1
     mine = next(c for c in r.vm.contexts if c.vmid == 1)
     assert mine.entries == n
+    r.vm.check()
+
+
+def test_contexts_in_use_pay_table_by_table():
+    """At the bound, with nothing cold, one leaf table is taken at a time, whose ever it is: no context that a vCPU runs
+    on is emptied, also when all tables had their turn."""
+    r = Rig(vcpus=2, contexts=2, max_table_bytes=1200 * K)
+    r.tables.next = RAM + 8 * M
+    for n in range(600):
+        r.tables.map(n * 2 * M, DATA + n * PAGE)
+    r.load(2, n=1)
+    for n in range(20):
+        assert r.fault(n * 2 * M, n=1).kind == MAPPED
+    for n in range(600):
+        assert r.fault(n * 2 * M).kind == MAPPED
+        assert r.vm.stats.live == 20 + n + 1 - r.vm.stats.evictions
+    assert r.vm.stats.evictions > 400
     r.vm.check()
 
 

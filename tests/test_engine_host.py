@@ -269,6 +269,19 @@ def test_protect_partly(r):
     r.vm.check()
 
 
+@pytest.mark.parametrize("page", [0, 1, 255, 510, 511])
+def test_protect_one_page_of_a_block(r, page):
+    """Wherever in the host's block the page is, a shadow of the whole block goes, and the pages beside keep all."""
+    assert r.fault(4 * M, WRITE).size == 2 * M
+    at = DATA + 4 * M + page * PAGE
+    assert r.vm.host.protect(at, at + PAGE, "r").leaves == 1
+    r.vm.check()
+    assert r.leaves() == []
+    for n in range(512):
+        assert r.fault(4 * M + n * PAGE, WRITE).kind == (HOST_FAULT if n == page else MAPPED)
+    r.vm.check()
+
+
 def test_protect_grants(r):
     """Permissions only added: shadows are left as they are and gain on their next fault."""
     r.vm.host.protect(RAM, RAM + 64 * M, "r")

@@ -3,7 +3,7 @@
 import pytest
 
 from rig import DATA, HOST, PAGE, RAM, ROM, G, K, M, Rig
-from s2shadow import EXEC, HIT, HOST_FAULT, MAPPED, MMIO, READ, WRITE, HostMapping, Linear
+from s2shadow import EXEC, HIT, HOST_FAULT, MAPPED, MMIO, NO_MEMORY, READ, WRITE, HostMapping, Linear
 
 
 @pytest.fixture
@@ -121,6 +121,25 @@ def test_populates_in_batches(r):
     assert got["pa"].tolist() == [DATA + n * PAGE for n in range(2048)]
 
 
+@pytest.mark.parametrize("more", range(0, 8 * K, K))
+def test_linear_evicts_the_table_in_use(more):
+    """At the bound the host's own table takes the room of shadows: now and then of the very leaf table that had been
+    found for the leaf."""
+    r = Rig(host=False, contexts=1, max_table_bytes=800 * K + more)
+    r.vm.host.populate = Linear(offset=HOST, max_block=PAGE)
+    r.mem.add(4 * G, 2 * G)
+    for n in range(512):
+        cipa = 4 * G + n * 2 * M
+        r.tables.map(n * PAGE, cipa)
+        f = r.vcpu.fault_many([n * PAGE])[0]
+        if f["kind"] == NO_MEMORY:          # the host's table is all there is room for
+            break
+        assert (f["kind"], f["pa"]) == (MAPPED, HOST + cipa)
+        assert (n * PAGE, cipa, PAGE) in r.leaves()
+        r.vm.check()
+    assert r.vm.stats.evictions > 1
+
+
 # callables
 
 
@@ -220,6 +239,26 @@ def test_callable_invalidates(r):
     assert (f.kind, f.pa) == (MAPPED, 2 * HOST)
     assert calls == [DATA]
     assert r.leaves() == [(0, DATA, PAGE)]
+    r.vm.check()
+
+
+@pytest.mark.parametrize("others", [0, 1, 30, 31, 32, 33, 62, 63, 64, 65, 100, 200])
+def test_callable_is_overtaken(r, others):
+    """The host takes the very page while it is asked for, and then so many others: the answer is not mapped."""
+    asked = []
+
+    def populate(cipa, access):
+        asked.append(cipa)
+        if len(asked) == 1:
+            r.vm.unmap(DATA, DATA + PAGE)
+            for n in range(others):
+                r.vm.unmap(DATA + (8 + n) * PAGE, DATA + (9 + n) * PAGE)
+        return HostMapping((1 + len(asked)) * HOST, PAGE)
+
+    r.vm.host.populate = populate
+    f = r.fault(0)
+    assert (f.kind, f.pa) == (MAPPED, 3 * HOST)
+    assert asked == [DATA, DATA]
     r.vm.check()
 
 

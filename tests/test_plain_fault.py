@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import s2shadow
-from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, M, Rig, single
+from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, K, M, Rig, single, span
 from s2shadow import EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
 
 PROBE = 100 * PAGE
@@ -149,6 +149,54 @@ def test_contexts_in_turn():
         assert answer(r, ipa=page * PAGE).cipa == DATA + 16 * M + page * PAGE
         r.load()
         assert answer(r, ipa=page * PAGE).cipa == DATA + page * PAGE
+
+
+def test_a_page_that_is_another_contexts_now():
+    """A shadow's leaf table went by a TLBI that lets L1's tables be remembered, and its page came to another context at
+    the same address: what was remembered of it must not decide."""
+    r = known()
+    r.load(2, n=1)
+    r.vcpu.tlbi("RIPAS2LE1IS", span(0, PAGE, num=7))
+    assert r.leaves(0) == []
+    assert r.fault(0, n=1).kind == MAPPED
+    assert answer(r).kind == MAPPED
+    assert r.leaves(0) == [(PROBE, DATA + PROBE, PAGE)]
+    assert r.leaves(1) == [(0, DATA, PAGE)]
+
+
+def test_another_kind_amid_a_batch():
+    """Faults of a batch are begun together, as ones like the last; then one of them is of another kind, and what comes
+    behind it must not become so too."""
+    r = known()
+    r.tables.map_range(2 * M, DATA + 2 * M, 2 * M, perm="r")
+    assert r.fault(2 * M).kind == MAPPED
+    got = r.vcpu.fault_many([2 * M + PAGE, PROBE, 2 * M + 2 * PAGE, PROBE + PAGE])
+    assert (got["kind"] == MAPPED).all()
+    assert [bool(perm & WRITE) for perm in got["perm"]] == [False, True, False, True]
+    writable = {row["ipa"].item(): bool(row["perm"] & WRITE) for row in r.shadow()}
+    assert [writable[ipa] for ipa in got["ipa"].tolist()] == [False, True, False, True]
+    r.vm.check()
+
+
+def test_an_eviction_amid_a_batch():
+    """Faults of a batch are begun together; the first of them then evicts the leaf table of another."""
+    def full(tables):
+        r = Rig(contexts=1, max_table_bytes=400 * K)
+        r.tables.next = RAM + 8 * M
+        for n in range(tables):
+            r.tables.map_range(n * 2 * M, DATA + n * PAGE, 3 * PAGE)
+            assert r.fault(n * 2 * M).kind == r.fault(n * 2 * M + PAGE).kind == MAPPED
+        return r
+
+    n = next(n for n in range(1, 100) if full(n).vm.stats.evictions)
+    r = full(n - 1)
+    r.tables.map(n * 2 * M, DATA + n * PAGE)
+    assert 8 < n < 32 and not r.vm.stats.evictions
+    got = r.vcpu.fault_many([n * 2 * M, *(at * 2 * M + 2 * PAGE for at in range(n - 1))])
+    assert (got["kind"] == MAPPED).all() and r.vm.stats.evictions
+    r.vm.check()
+    assert all(cipa == DATA + ipa // (2 * M) * PAGE + ipa % (2 * M) for ipa, cipa, _ in r.leaves())
+    assert len(r.leaves()) > 1
 
 
 def test_a_root_smaller_than_a_page():
