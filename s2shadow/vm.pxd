@@ -31,7 +31,7 @@ cdef enum:
     NO_CONTEXT = 0xFFFFFFFFu
     ACTIVE_RANGES = 64          # invalidations that may work in chunks at once
     CHANGES_KEPT = 64           # host changes that a populate in flight can be checked against
-    LEAF_TABLES = 2048          # leaf tables of each kind that are remembered
+    LEAF_TABLES = 8192          # leaf tables of each kind that are remembered: 16 GiB with a 4K granule
     EPOCH_MASK = 0x1FFFFF       # below the span of any leaf table
 
 ctypedef enum teardown_t:
