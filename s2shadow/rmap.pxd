@@ -8,7 +8,7 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport level_shift
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, peek64, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, load64, store32
 from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 
 cdef enum:
@@ -107,7 +107,7 @@ cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_sl
     node of its own block; a node that went meanwhile does not answer to that block."""
     cdef uint32_t node = load32(&page.node), name, mask = rmap.arena.slot_mask
     cdef int at = page.level
-    if peek64(&rmap.nodes[node].key) != node_key(page.ipa, at):
+    if load64(&rmap.nodes[node].key) != node_key(page.ipa, at):
         name = rmap_ensure(rmap, cipa, at)
         if not name:
             return 0

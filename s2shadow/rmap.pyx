@@ -3,7 +3,7 @@
 from libc.string cimport memset
 
 from s2shadow.arch cimport FINAL_LEVEL, level_shift, level_span
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, poke64, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, poke64, store32, store64
 from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
@@ -124,7 +124,7 @@ cdef uint32_t add_child(rmap_t *rmap, uint32_t name, uint64_t cipa) noexcept nog
     linger()
     if cas32(rmap.children + name, &seen, child):
         # it is in its place: whoever remembers it may believe it, and not before, when it may yet be given back
-        poke64(&rmap.nodes[child].key, node_key(cipa >> shift << shift, level))
+        store64(&rmap.nodes[child].key, node_key(cipa >> shift << shift, level))
         return child
     fetch_add32(&rmap.nodes[node].used, <uint32_t>-1)
     give_node(rmap, child)

@@ -6,7 +6,7 @@
 from libc.stdint cimport int64_t, int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
-from s2shadow.atomics cimport bump16, fetch_add16, peek8, peek64, store64
+from s2shadow.atomics cimport bump16, fetch_add16, load64, peek8, peek64, store64
 from s2shadow.pageset cimport pageset_t
 
 cdef enum:
@@ -127,7 +127,7 @@ cdef inline uint64_t page_tag(uint32_t context, int level) noexcept nogil:
 
 cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint64_t tag) noexcept nogil:
     """Whether a page that was remembered still is the table that starts at ``ipa`` and has this tag."""
-    return peek64(&page.key) == (ipa | tag)
+    return load64(&page.key) == (ipa | tag)
 
 
 cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogil:
@@ -178,7 +178,7 @@ cdef inline uint32_t table_find(const arena_t *arena, const table_t *table, uint
     cdef uint64_t desc
     level[0] = table.start_level
     while level[0] < FINAL_LEVEL:
-        desc = peek64(arena.words + slot)
+        desc = load64(arena.words + slot)   # what the table page says of itself comes with it
         if (desc & 3) != 3:
             break
         level[0] += 1
@@ -206,7 +206,7 @@ cdef inline uint32_t table_find_near(const arena_t *arena, const table_t *table,
     else:
         slot = (table.root << arena.slot_bits) + <uint32_t>(ipa >> shift)
     while at < FINAL_LEVEL:
-        desc = peek64(arena.words + slot)
+        desc = load64(arena.words + slot)   # what the table page says of itself comes with it
         if (desc & 3) != 3:
             break
         at += 1

@@ -6,7 +6,7 @@ from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
 from s2shadow.atomics cimport (
-    bump16, cas64, fetch_add16, fetch_add64, fetch_or8, linger, load64, peek64, poke8, poke32, poke64, prefetch,
+    bump16, cas64, fetch_add16, fetch_add64, fetch_or8, linger, load64, poke8, poke32, poke64, prefetch,
     store64,
 )
 from s2shadow.pageset cimport pageset_add, pageset_destroy, pageset_init, pageset_remove
@@ -160,7 +160,7 @@ cdef int start_level_for(int granule_bits, bint wide, int ia_bits) noexcept nogi
 
 cdef inline void set_key(page_t *meta) noexcept nogil:
     """The page is in its place: whoever remembers it may believe it. Not before, when it may yet be given back."""
-    poke64(&meta.key, meta.ipa | page_tag(meta.context, meta.level))
+    store64(&meta.key, meta.ipa | page_tag(meta.context, meta.level))
 
 
 cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t context, int ia_bits) noexcept nogil:
@@ -198,7 +198,7 @@ cdef void find_together(const arena_t *arena, const table_t *table, const uint64
     for i in range(1, n):
         apart |= ipas[i] ^ ipas[0]
     while level < FINAL_LEVEL and not apart >> shift:
-        desc = peek64(arena.words + (base + (ipas[0] >> shift & mask)))
+        desc = load64(arena.words + (base + (ipas[0] >> shift & mask)))
         if not is_table(desc, level):
             break
         base = child_page(arena, desc) << bits
@@ -213,7 +213,7 @@ cdef void find_together(const arena_t *arena, const table_t *table, const uint64
     while level < FINAL_LEVEL:
         shift -= bits
         for i in range(n):
-            desc = peek64(arena.words + found.slots[i])
+            desc = load64(arena.words + found.slots[i])
             if found.levels[i] == level and is_table(desc, level):
                 found.slots[i] = child_page(arena, desc) << bits | <uint32_t>(ipas[i] >> shift & mask)
                 found.levels[i] = <int8_t>(level + 1)
