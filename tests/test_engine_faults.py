@@ -194,6 +194,36 @@ def test_attributes_are_no_mixture():
     assert r.fault(IPA, WRITE).kind == MAPPED
     (row,) = r.shadow()
     assert (row["memattr"], row["perm"]) == (1, READ | WRITE)
+    assert (r.vm.stats.replaced, r.vm.stats.relaxed) == (1, 0)
+
+
+def test_pages_of_one_frame_are_no_mixture(r):
+    """L1 names another page that the host has merged with the old one, and grants more: the leaf is that of the new
+    page, whatever happens to the old one."""
+    r.vm.host.map(DATA + PAGE, HOST + DATA, PAGE)
+    where = r.tables.map(IPA, DATA, perm="r")
+    r.fault(IPA, READ)
+    r.tables.set(where, r.tables.leaf(DATA + PAGE, 3, "rw"))
+    f = r.fault(IPA, WRITE)
+    assert fields(f, "kind", "cipa", "pa") == (MAPPED, DATA + PAGE, HOST + DATA)
+    assert r.leaves() == [(IPA, DATA + PAGE, PAGE)]
+    assert r.vm.unmap(DATA, DATA + PAGE).leaves == 0
+    assert r.vm.unmap(DATA + PAGE, DATA + 2 * PAGE).leaves == 1
+    r.vm.check()
+
+
+def test_levels_are_no_mixture():
+    """L1 joins pages to a block that leads to the same place, and grants more; the host has pages. The leaf is of the
+    block's level: a TLBI that names that finds it."""
+    r = Rig(host=False)
+    r.vm.host.map(DATA, HOST + PAGE, 2 * M)     # in pages
+    r.tables.map_range(0, DATA, 2 * M, perm="r")
+    assert r.fault(PAGE, READ).size == PAGE
+    r.tables.set(r.tables.slot(0, 2), r.tables.leaf(DATA, 2, "rw"))
+    assert r.fault(PAGE, WRITE).level == 2
+    assert (r.vm.stats.replaced, r.vm.stats.relaxed) == (1, 0)
+    r.vm.check()
+    assert r.vcpu.tlbi("IPAS2E1IS", rig.single(0, PAGE, 2)).removed == 1
 
 
 def test_block_over_pages(r):

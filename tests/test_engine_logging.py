@@ -308,6 +308,17 @@ def test_age_reports_and_clears(r):
     r.vm.check()
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_use_outlives_its_leaf(r, live):
+    """L1 invalidates the leaf by which an old page was used, be it new or one that was there: the page was used."""
+    if live:
+        r.fault(2 * PAGE)
+    young(r, RAM, END, clear=True)
+    assert r.fault(2 * PAGE).kind == (HIT if live else MAPPED)
+    assert r.vcpu.tlbi("IPAS2E1IS", 2).removed == 1
+    assert 2 * PAGE in young(r, DATA, DATA + 4 * PAGE)
+
+
 def test_test_young_changes_nothing(r):
     """Asking is not aging."""
     r.fault(0)

@@ -153,3 +153,20 @@ def test_forgets(op, level):
     history.forget_shadows()
     for n in (1, 0):
         assert history.r.fault(ipa, n=n).cipa == DATA + PAGE
+
+
+@pytest.mark.parametrize(("op", "forgets"), [("ALLE1IS", True), ("ALLE1", True), ("VMALLS12E1IS", False)])
+def test_under_another_vmid(op, forgets):
+    """What names all VMIDs reaches the vCPUs of all; what names one leaves those of others alone."""
+    history = History(False)
+    r, ipa = history.r, G + 2 * M + 3 * PAGE
+    r.tables.map(ipa, DATA)
+    r.load(vmid=2, n=1)
+    for _ in range(2):
+        history.fault(0, ipa)
+        history.forget_shadows()
+    history.relocate(ipa, 2)
+    assert history.fault(0, ipa), "nothing is remembered: what is tested here?"
+    r.vm.vcpus[1].tlbi(op, 0)
+    history.forget_shadows()
+    assert r.fault(ipa).cipa == (DATA + PAGE if forgets else DATA)
