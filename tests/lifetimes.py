@@ -548,7 +548,7 @@ def held():
 # What caches of Python and of the C library may do between two looks. A leak shows in each lifetime.
 LIMITS = {"python blocks": 8, "heap": 64, "resident": 64 * K}
 # Of the whole process: the table of Python's interned strings alone may double once, by 530 KiB.
-DRIFT = {"python blocks": 2000, "heap": M, "resident": 4 * M, "address space": 8 * M, "maps": 16}
+DRIFT = {"python blocks": 2000, "heap": M, "resident": 4 * M, "address space": 16 * M, "maps": 16}
 ROUNDS = range(2, 16)
 
 
