@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span
-from s2shadow.atomics cimport load64
+from s2shadow.atomics cimport load64, peek64
 from s2shadow.config cimport decode_vmid
 from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, clear_leaf_at, drop_leaf, is_empty, visit_context, visit_init, visit_t
@@ -97,7 +97,7 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
             if not tags:
                 return larger
             largest = tag_shift(context, lowest_bit(tags))
-        desc = load64(vm.arena.words + slot)
+        desc = peek64(vm.arena.words + slot)
         if not is_table(desc, level):
             break
         level += 1

@@ -8,7 +8,7 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport level_shift
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, load64, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, load64, peek32, store32
 from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 
 cdef enum:
@@ -171,11 +171,11 @@ cdef inline void head_emptied(rmap_t *rmap, uint32_t head) noexcept nogil:
 
 cdef inline void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
     """Take a leaf out of its list (exclusive side)."""
-    cdef uint32_t following, prev = load32(link_prev(rmap.arena, slot))
+    cdef uint32_t following, prev = peek32(link_prev(rmap.arena, slot))
     if not prev & HEAD_TAG:
         unlink_after_leaf(rmap, slot)
         return
-    following = load32(link_next(rmap.arena, slot))
+    following = peek32(link_next(rmap.arena, slot))
     prev &= ~<uint32_t>HEAD_TAG
     if following:
         store32(link_prev(rmap.arena, following), HEAD_TAG | prev)

@@ -3,7 +3,7 @@
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from s2shadow.atomics cimport load32
+from s2shadow.atomics cimport peek32
 from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.dirty cimport dirty_t
@@ -265,7 +265,7 @@ cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ip
                                      uint64_t tag) noexcept nogil:
     """The shadow's table with this tag, of 1 << ``span`` bytes, that ``ipa`` lies in, if it is remembered and still is
     that table; else 0."""
-    cdef uint32_t page = load32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
+    cdef uint32_t page = peek32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
     return page if is_page_of(&vm.arena.pages[page], ipa >> span << span, tag) else 0
 
 
