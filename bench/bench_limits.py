@@ -325,7 +325,9 @@ def bench_write_protect(report, how):
     """Each page in one of 8 contexts, of as many pages each; the whole range in one call, in ns. ``linux_way_ns``: the
     same call where every leaf of every context is visited, as Linux does."""
     pages = sized(1 << 18, 1 << 13)
-    nest, linux = (Nest(pages, contexts=8, teardown=policy, track_tlbis=False) for policy in ("reverse-map", "blow-away"))
+    nest, linux = (
+        Nest(pages, contexts=8, teardown=policy, track_tlbis=False) for policy in ("reverse-map", "blow-away")
+    )
     end = DATA + pages * PAGE
     lean = lean_of(nest)
     for context in range(8):

@@ -51,7 +51,8 @@ cdef extern from *:
         for (int i = 0; i < S2_AWAKE; i++, S2_PAUSE()) {
             uint32_t seen = S2_FREE;
             if (__atomic_load_n(&l->turn, __ATOMIC_RELAXED) == S2_FREE &&
-                __atomic_compare_exchange_n(&l->turn, &seen, S2_TAKEN, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED)) goto have;
+                __atomic_compare_exchange_n(&l->turn, &seen, S2_TAKEN, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+                goto have;
         }
         while (__atomic_exchange_n(&l->turn, S2_WANTED, __ATOMIC_SEQ_CST) != S2_FREE)
     #ifdef __linux__
