@@ -87,9 +87,9 @@ def test_size_of_a_stage_2_that_is_off():
     """T0SZ says nothing then: L2's addresses are the machine's."""
     r = Rig()
     r.vm.host.map(ROM, HOST + ROM, 2 * M)
-    index(r, vtcr=64 - 25 | 1 << 31, hcr=0)
+    context = index(r, vtcr=64 - 25 | 1 << 31, hcr=0)
     assert r.fault(ROM).kind == MAPPED and r.fault(ROM).kind == HIT
-    assert r.leaves() == [(ROM, ROM, 2 * M)]
+    assert r.leaves(context) == [(ROM, ROM, 2 * M)]
     r.vm.check()
 
 
