@@ -2,7 +2,8 @@
 
 S2SHADOW_CHECKED=1                     bounds, None and initialisation checks, C assertions
 S2SHADOW_SANITIZE=address,undefined    one -fsanitize=… for each, with frame pointers and line numbers
-S2SHADOW_STRESS=1                      locks are let go as often as possible: chunks of two leaves, one fault
+S2SHADOW_STRESS=1                      locks are let go as often as possible: chunks of two leaves, one fault;
+                                       steps that are lock-free are held open
 CFLAGS                                 where set, replaces -O2 -g0
 
 A module that asks for C++ (``# distutils: language = c++``) is built with the same options.

@@ -80,3 +80,57 @@ sanitized_pytest() {
         UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc \
         "$venv/bin/python" -m pytest --capture=sys "$@"
 }
+
+# Whether ThreadSanitizer works here; sets "beside" to what programs must be run by for that. It knows few layouts of an
+# address space, and where the kernel scatters more it needs them as they are without.
+have_tsan() {
+    local probe
+    probe=$(mktemp -d)
+    beside=()
+    if ! printf 'int main(void){return 0;}' | cc -fsanitize=thread -x c -o "$probe/probe" - 2>/dev/null; then
+        rm -rf "$probe"
+        return 1
+    fi
+    "$probe/probe" 2>/dev/null || beside=(setarch "$(uname -m)" -R)
+    local code=0
+    ${beside[@]+"${beside[@]}"} "$probe/probe" 2>/dev/null || code=1
+    rm -rf "$probe"
+    return "$code"
+}
+
+# Builds the clone at $1 in place, in the environment $2, and the thread driver in it; S2SHADOW_SANITIZE=thread, where it
+# is set, counts for both.
+build_threads() {
+    new_venv "$2"
+    (cd "$1" && ${S2SHADOW_SANITIZE:+env CFLAGS=-O1} "$2/bin/pip" install --quiet --editable .)
+    threads_make "$1" "$2" CFLAGS="-O2 -g ${S2SHADOW_SANITIZE:+-fsanitize=$S2SHADOW_SANITIZE}" driver
+}
+
+threads_make() {
+    local clone=$1 venv=$2
+    shift 2
+    # where the header is cannot be asked: Python by itself cannot load modules that need TSan's runtime
+    PYTHONPATH=$clone make -s -C "$clone/tests/threads" PYTHON="$venv/bin/python" S2SHADOW="-I$clone/s2shadow/include" "$@"
+}
+
+# Runs the driver of a clone: CLONE VENV OPTIONS. Under TSan, what it reports makes the exit code 66.
+run_threads() {
+    local clone=$1 venv=$2
+    shift 2
+    TSAN_OPTIONS=exitcode=66:second_deadlock_stack=1 \
+        threads_make "$clone" "$venv" WRAPPER="nice -n 19 ${beside[*]-}" ARGS="$*" run
+}
+
+# TSan must see races that are made on purpose: one of the driver alone, and one both sides of which are in the engine.
+see_races() {
+    local where=$1 what
+    for what in "driver count_unguarded" "engine api_tlbi" "engine vcpu_load"; do
+        if run_threads "$1" "$2" --race "${what% *}" >"$where/race.log" 2>&1 ||
+            ! grep -q 'ThreadSanitizer: data race' "$where/race.log" || ! grep -q "${what#* }" "$where/race.log"; then
+            cat "$where/race.log"
+            echo "ThreadSanitizer does not see a race that is there: ${what#* }" >&2
+            return 1
+        fi
+    done
+    echo "races made on purpose are seen, in the driver and in the engine"
+}

@@ -12,6 +12,10 @@ cdef extern from *:
     { uint32_t old = *p; __atomic_store_n(p, old + v, __ATOMIC_RELAXED); return old; }
     static inline uint64_t s2_load64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
     static inline uint64_t s2_peek64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static inline uint8_t s2_peek8(const uint8_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+    static inline void s2_poke8(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static inline void s2_poke32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+    static inline void s2_poke64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
     static inline void s2_store64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     static inline int s2_cas64(uint64_t *p, uint64_t *expected, uint64_t v)
     { return __atomic_compare_exchange_n(p, expected, v, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE); }
@@ -34,10 +38,21 @@ cdef extern from *:
     #else
     static inline void s2_prefetchw(const void *p) { __builtin_prefetch(p, 1); }
     #endif
+    #ifdef S2SHADOW_STRESS
+    #include <sched.h>
+    static inline void s2_linger(void) { sched_yield(); }
+    #else
+    static inline void s2_linger(void) {}
+    #endif
     """
     void prefetch "s2_prefetch"(const void *address) noexcept nogil         # a hint: never faults
     void prefetch_to_write "s2_prefetchw"(const void *address) noexcept nogil
+    void linger "s2_linger"() noexcept nogil        # S2SHADOW_STRESS: let others come between two steps of one thread
     uint64_t load64 "s2_load64"(const uint64_t *address) noexcept nogil
+    uint8_t peek8 "s2_peek8"(const uint8_t *address) noexcept nogil
+    void poke8 "s2_poke8"(uint8_t *address, uint8_t value) noexcept nogil
+    void poke32 "s2_poke32"(uint32_t *address, uint32_t value) noexcept nogil
+    void poke64 "s2_poke64"(uint64_t *address, uint64_t value) noexcept nogil
     uint64_t peek64 "s2_peek64"(const uint64_t *address) noexcept nogil
     void store64 "s2_store64"(uint64_t *address, uint64_t value) noexcept nogil
     bint cas64 "s2_cas64"(uint64_t *address, uint64_t *expected, uint64_t value) noexcept nogil

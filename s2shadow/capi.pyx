@@ -31,7 +31,7 @@ from s2shadow.atomics cimport load32, load_pointer, store32
 from s2shadow.check cimport check_vm, finding_t
 from s2shadow.config cimport decode_config, features_t, s2_config_t
 from s2shadow.dirty cimport dirty_reserve, mark_dirty
-from s2shadow.fault cimport STEP_DONE, fault_one, fault_run, translate_run
+from s2shadow.fault cimport STEP_DESCRIPTOR, STEP_DONE, fault_one, fault_run, step_t, translate_run
 from s2shadow.handle cimport handle_t
 from s2shadow.host cimport (
     change_t, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
@@ -45,15 +45,16 @@ from s2shadow.machine cimport (
 )
 from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport (
-    ANSWERS, QUESTION_CAS, QUESTION_NONE, QUESTION_READ, answer_t, answers_t, desc_source_t, map_with, map_without,
-    mem_view_t, new_map, region_map_t, region_over, region_t, view_begin, view_refresh,
+    ANSWERS, QUESTION_CAS, QUESTION_NONE, QUESTION_READ, answer_t, answers_t, desc_source_t, is_asking, map_with,
+    map_without, mem_view_t, new_map, region_map_t, region_over, region_t, view_begin, view_refresh,
 )
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_take
 from s2shadow.table cimport CANONICAL, ROOT_PAGES
 from s2shadow.tlbi cimport TLBI_OK, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_HOST_FAULT, KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE,
-    TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN, fault_t, forget_guest_path, range_t, teardown_t, vcpu_t, vm_t,
+    TEARDOWN_BLOW_AWAY, TEARDOWN_BLOW_AWAY_LEAN, count_answer, fault_t, forget_guest_path, range_t, teardown_t, vcpu_t,
+    vm_t,
 )
 from s2shadow.vmem cimport allocate
 from s2shadow.walker cimport walk_stage2, walk_t
@@ -88,11 +89,6 @@ cdef enum:
     QUESTIONS = 64              # to the embedder for one element, before it ends in RETRY
     REGION_PAGE = 4096
     MOST_FIELDS = 256           # bytes of the largest struct that starts with its size
-
-cdef enum want_t:               # what a fault needs of the embedder
-    WANTS_NOTHING
-    WANTS_MAPPING
-    WANTS_DESCRIPTOR
 
 cdef enum answered_t:
     ANSWERED
@@ -659,32 +655,18 @@ cdef answered_t ask_populate(handle_t *handle, uint64_t cipa, uint8_t access) no
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
-cdef inline bint has_question(const vcpu_t *vcpu) noexcept nogil:
-    return vcpu.view.answers != NULL and vcpu.view.answers.question != QUESTION_NONE
-
-
-cdef inline want_t serve(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
-    """Serve one fault as far as it goes without the embedder."""
-    if fault_one(vm, vcpu, ipa, access, out) != STEP_DONE:
-        return WANTS_MAPPING
-    if not has_question(vcpu):
-        return WANTS_NOTHING
-    vcpu.kinds[out.kind] -= 1               # no answer yet: a walk that lacks a descriptor looks like an abort
-    return WANTS_DESCRIPTOR
-
-
 cdef int serve_asking(handle_t *handle, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out,
-                      want_t wanted) noexcept nogil:
+                      step_t step) noexcept nogil:
     """Serve one fault that wants something of the embedder, asking as often as it takes."""
     cdef int asked = 0
     cdef answered_t answered
-    while wanted != WANTS_NOTHING:
+    while step != STEP_DONE:
         out.kind = KIND_RETRY
         if asked == QUESTIONS:
             break                           # something comes between again and again
         asked += 1
         answered = ANSWERED
-        if wanted == WANTS_DESCRIPTOR:
+        if step == STEP_DESCRIPTOR:
             ask_descriptor(handle.vm, vcpu.view.answers)
         else:
             answered = ask_populate(handle, vcpu.asked_cipa, access)
@@ -694,9 +676,9 @@ cdef int serve_asking(handle_t *handle, vcpu_t *vcpu, uint64_t ipa, uint8_t acce
         if answered != ANSWERED:
             out.kind = KIND_HOST_FAULT if answered == ANSWERED_NOTHING else KIND_NO_MEMORY
             break
-        wanted = serve(handle.vm, vcpu, ipa, access, out)
-    if wanted != WANTS_NOTHING:
-        vcpu.kinds[out.kind] += 1
+        step = fault_one(handle.vm, vcpu, ipa, access, out)
+    if step != STEP_DONE:
+        count_answer(handle.vm, vcpu, out.kind)
     forget_answers(vcpu)                    # memory may say something else the next time
     return S2S_OK
 
@@ -708,16 +690,16 @@ cdef int bad_access(uint32_t access) noexcept nogil:
 cdef int api_fault(s2s_vm_t *vm, uint32_t index, uint64_t ipa, uint32_t access, s2s_fault_t *out) noexcept nogil:
     cdef handle_t *handle = <handle_t *>vm
     cdef vcpu_t *vcpu = NULL
-    cdef want_t wanted
+    cdef step_t step
     cdef int status
     if access > 31:
         return bad_access(access)
     status = enter_loaded(handle, index, &vcpu)
     if status:
         return status
-    wanted = serve(handle.vm, vcpu, ipa, <uint8_t>access, <fault_t *>out)
-    if wanted != WANTS_NOTHING:
-        status = serve_asking(handle, vcpu, ipa, <uint8_t>access, <fault_t *>out, wanted)
+    step = fault_one(handle.vm, vcpu, ipa, <uint8_t>access, <fault_t *>out)
+    if step != STEP_DONE:
+        status = serve_asking(handle, vcpu, ipa, <uint8_t>access, <fault_t *>out, step)
     leave(vcpu)
     return status
 
@@ -745,16 +727,16 @@ cdef int fault_batch(handle_t *handle, vcpu_t *vcpu, const uint64_t *ipas, const
                      fault_t *out, int64_t n, int64_t *at) noexcept nogil:
     """Where all memory is ours, only a populate can stop a batch; else each fault may have something to ask."""
     cdef int status
-    cdef want_t wanted
+    cdef step_t step
     while at[0] < n:
         if load32(&handle.callback_regions):
-            wanted = serve(handle.vm, vcpu, ipas[at[0]], access[at[0] * stride], out + at[0])
+            step = fault_one(handle.vm, vcpu, ipas[at[0]], access[at[0] * stride], out + at[0])
         else:
-            if fault_run(handle.vm, vcpu, ipas, access, stride, out, n, at) == STEP_DONE:
+            step = fault_run(handle.vm, vcpu, ipas, access, stride, out, n, at)
+            if step == STEP_DONE:
                 break
-            wanted = WANTS_MAPPING
-        if wanted != WANTS_NOTHING:
-            status = serve_asking(handle, vcpu, ipas[at[0]], access[at[0] * stride], out + at[0], wanted)
+        if step != STEP_DONE:
+            status = serve_asking(handle, vcpu, ipas[at[0]], access[at[0] * stride], out + at[0], step)
             if status:
                 return status
         at[0] += 1
@@ -807,7 +789,7 @@ cdef bint walk_once(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint u
     cdef bint asks
     lock_shared(&vm.lock, vcpu.reader)
     walk_stage2(&vcpu.view, &vcpu.config, ipa, access, update, out)
-    asks = has_question(vcpu)
+    asks = is_asking(&vcpu.view)
     if update and out.updated and not asks:
         mark_dirty(&vm.dirty, out.desc_addr)
     unlock_shared(vcpu.reader)
@@ -849,10 +831,11 @@ cdef int api_tlbi(s2s_vm_t *vm, uint32_t index, uint32_t insn, uint64_t xt, cons
     cdef int status
     if handle == NULL or index >= handle.vm.vcpu_count:
         return fail(S2S_E_INVALID, "there is no vCPU %u", index)
-    regs.vttbr = handle.vm.vcpus[index].vttbr
-    regs.vtcr = handle.vm.vcpus[index].vtcr
-    regs.hcr = handle.vm.vcpus[index].hcr
-    if registers != NULL:
+    if registers == NULL:
+        regs.vttbr = handle.vm.vcpus[index].vttbr
+        regs.vtcr = handle.vm.vcpus[index].vtcr
+        regs.hcr = handle.vm.vcpus[index].hcr
+    else:                                   # another thread may be loading that vCPU
         status = take_registers(registers, &r)
         if status:
             return status

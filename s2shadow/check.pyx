@@ -14,9 +14,9 @@ from s2shadow.intervals cimport (
     UNKNOWN_IPA, interval_t, intervals_bytes, intervals_find, intervals_known, intervals_start_of, intervals_t,
 )
 from s2shadow.memory cimport find_region, region_t
-from s2shadow.rmap cimport HEAD_TAG, MARKER_BYTES, is_marker, known_head, link_next, link_prev, node_t
+from s2shadow.rmap cimport HEAD_TAG, MARKER_BYTES, is_marker, known_head, link_next, link_prev, node_key, node_t
 from s2shadow.table cimport (
-    CANONICAL, GUEST_LEVELS, child_page, is_table, page_cost, page_t, slot_ipa, table_find, table_t,
+    CANONICAL, GUEST_LEVELS, child_page, is_table, page_cost, page_tag, page_t, slot_ipa, table_find, table_t,
 )
 from s2shadow.vm cimport TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, is_active, read_tag
 
@@ -169,6 +169,8 @@ cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t 
         holds[tag] = 0
     if meta.parent != parent or meta.level != level or meta.ipa != ipa or meta.context != table.context:
         return found(finding, R_PLACE, page << vm.arena.slot_bits, meta.ipa, ipa)
+    if meta.key != (ipa | page_tag(table.context, level)):
+        return found(finding, R_PLACE, page << vm.arena.slot_bits, meta.key, ipa | page_tag(table.context, level))
     for i in range(<uint64_t>1 << vm.arena.slot_bits):
         slot = <uint32_t>((<uint64_t>page << vm.arena.slot_bits) + i)
         desc = vm.arena.words[slot]
@@ -301,6 +303,8 @@ cdef bint check_node(vm_t *vm, mem_view_t *view, uint32_t node, uint32_t parent,
     cdef uint32_t name
     if vm.rmap.nodes[node].parent != parent:
         return found(finding, R_NODE, parent, vm.rmap.nodes[node].parent, parent)
+    if vm.rmap.nodes[node].key != node_key(cipa, level):
+        return found(finding, R_NODE, parent, vm.rmap.nodes[node].key, node_key(cipa, level))
     for i in range(<uint64_t>1 << vm.arena.slot_bits):
         name = <uint32_t>((<uint64_t>node << vm.arena.slot_bits) + i)
         if vm.rmap.heads[name]:

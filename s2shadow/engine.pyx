@@ -50,8 +50,8 @@ from s2shadow.table cimport (
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
-    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, fault_t, forget_guest_path,
-    range_t, read_tag, vcpu_t, vm_t,
+    TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, count_answer, fault_t,
+    forget_guest_path, range_t, read_tag, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -1037,7 +1037,7 @@ cdef class VCPU:
                 out[at].kind = KIND_RETRY
             elif self.ask(self.c.asked_cipa, masks[at * stride]):
                 continue
-            self.c.kinds[out[at].kind & 7] += 1     # of the user's array, which populate may have written
+            count_answer(&self.engine.vm, self.c, out[at].kind)     # of the user's array, which others may have written
             at += 1
 
     cdef bint ask(self, uint64_t cipa, uint8_t access) except -1:

@@ -8,6 +8,7 @@ ctypedef enum step_t:
     STEP_DONE
     STEP_EXCLUSIVE              # again, on the exclusive side
     STEP_POPULATE               # the embedder must be asked for a mapping of ``out.cipa``
+    STEP_DESCRIPTOR             # or for a descriptor of memory that is its own
 
 cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                         fault_t *out, int64_t n) noexcept nogil

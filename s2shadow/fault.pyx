@@ -21,7 +21,7 @@ from s2shadow.host cimport grant_write, populate_linear
 from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.lock cimport lock_exclusive, lock_shared, sched_yield, unlock_exclusive, unlock_shared
-from s2shadow.memory cimport find_region, region_t
+from s2shadow.memory cimport find_region, is_asking, region_t
 from s2shadow.owed cimport owe_leaf, owe_relaxed, owed_begin, owed_end
 from s2shadow.plainfault cimport WAYS, fault_on_way, fault_plainly, find_ways, learn_plain, plain_way_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push, rmap_tidy
@@ -71,9 +71,11 @@ cdef inline uint32_t shadow_entry(const vm_t *vm, vcpu_t *vcpu, uint64_t ipa, ui
     desc[0] = 0
     if ipa >> context.shadow.ia_bits:
         return 0
-    slot = table_find_near(&vm.arena, &context.shadow, &vcpu.shadow_path, ipa, level)
-    desc[0] = load64(vm.arena.words + slot)
-    return slot
+    while True:
+        slot = table_find_near(&vm.arena, &context.shadow, &vcpu.shadow_path, ipa, level)
+        desc[0] = load64(vm.arena.words + slot)
+        if level[0] == FINAL_LEVEL or not is_table(desc[0], level[0]):
+            return slot                     # else another thread put a table there since: its descriptor is no leaf
 
 
 cdef inline void begin_result(const vcpu_t *vcpu, uint64_t ipa, fault_t *out) noexcept nogil:
@@ -243,6 +245,8 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     if walked.updated:
         mark_dirty(&vm.dirty, walked.desc_addr)     # L0 wrote L1's memory: migration must see it
     if walked.status:
+        if is_asking(&vcpu.view):
+            return STEP_DESCRIPTOR
         stop_at_l1(vcpu, &walked, out)
         return STEP_DONE
     out.cipa = walked.pa
@@ -414,7 +418,8 @@ cdef inline install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint32_t 
     elif not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
         return INSTALL_AGAIN
     if vm.teardown == TEARDOWN_REVERSE_MAP:
-        head = rmap_head_near(&vm.rmap, &vm.arena.pages[page_of(&vm.arena, host_slot)], host_slot, block, leaf.level)
+        head = rmap_head_near(&vm.rmap, &vm.arena.pages[page_of(&vm.arena, host_slot)], host_slot, block, leaf.level,
+                              vm.arena.alone)
         if not head:
             store64(vm.arena.words + slot, 0)
             return INSTALL_NO_MEMORY
@@ -482,6 +487,8 @@ cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access
             rmap_tidy(&vm.rmap, out.cipa)
         step = fault_step(vm, vcpu, ipa, access, True, out)
         owed_end(&vm.owed)
+        if step == STEP_DONE:
+            vcpu.kinds[out.kind] += 1
         unlock_exclusive(&vm.lock)
     return step
 
@@ -494,26 +501,26 @@ cdef step_t fault_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, faul
         vcpu.installed += 1
     else:
         step = fault_step(vm, vcpu, ipa, access, False, out)
+    if step == STEP_DONE:
+        vcpu.kinds[out.kind & 7] += 1       # under the lock: its exclusive side reads all counters
     unlock_shared(vcpu.reader)
     if step == STEP_EXCLUSIVE:
         step = fault_exclusive(vm, vcpu, ipa, access, out)
     if step == STEP_POPULATE:
         vcpu.asked_cipa = out.cipa
-    else:
-        vcpu.kinds[out.kind & 7] += 1
     return step
 
 
 cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_t *masks, int64_t stride,
                       fault_t *out, int64_t n, int64_t *at) noexcept nogil:
-    """Serve faults from ``at`` on; stops with STEP_POPULATE at the element that needs the embedder."""
+    """Serve faults from ``at`` on; stops at the element that needs the embedder."""
     cdef step_t step = STEP_DONE
     cdef fault_t row                        # not the user's array, which another thread may write
     cdef plain_way_t ways[WAYS]
     cdef int64_t i = at[0], first = 0, known = 0, end = i, plainly
     cdef uint64_t learnt
     cdef bint served
-    while i < n and step != STEP_POPULATE:
+    while i < n and step == STEP_DONE:
         lock_shared(&vm.lock, vcpu.reader)
         if i == end:                        # once for each, however often the lock is let go in between
             first = i
@@ -546,10 +553,9 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
         if step == STEP_EXCLUSIVE:
             step = fault_exclusive(vm, vcpu, ipas[i], masks[i * stride], &row)
             if step == STEP_DONE:
-                vcpu.kinds[row.kind] += 1
                 out[i] = row
                 i += 1
-        if step == STEP_POPULATE:
+        if step != STEP_DONE:
             vcpu.asked_cipa = row.cipa
             out[i] = row
     at[0] = i

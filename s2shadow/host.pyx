@@ -11,8 +11,9 @@ done to every leaf.
 
 
 from s2shadow.arch cimport (
-    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_W, DESC_VALID, FINAL_LEVEL, PERM_ALL, SH_ISH,
-    decode_oa, decode_sh, largest_leaf_level, leaf_level_within, level_span, s2ap_xn_to_perm,
+    ACCESS_WRITE, DESC_AF, DESC_HOST_W, DESC_MEMATTR_SHIFT, DESC_S2AP_R, DESC_S2AP_W, DESC_VALID, DESC_XN, FINAL_LEVEL,
+    PERM_ALL, SH_ISH, decode_oa, decode_sh, largest_leaf_level, leaf_level_within, level_span, perm_to_s2ap_xn,
+    s2ap_xn_to_perm,
 )
 from s2shadow.atomics cimport fetch_or64, load32, load64, store64
 from s2shadow.combine cimport leaf_desc
@@ -33,9 +34,6 @@ from s2shadow.vm cimport (
     kernel_steps_per_context, note_change, overlaps_active, range_t, vm_t,
 )
 from s2shadow.vmem cimport refused
-
-cdef enum:
-    LOG_CHUNK_PAGES = 4096      # host pages whose logging is switched in one exclusive section
 
 
 cdef inline bint has_reverse_map(const vm_t *vm) noexcept nogil:
@@ -593,9 +591,9 @@ cdef uint64_t protect_whole(vm_t *vm, uint32_t slot, int level, uint64_t start, 
     """Change the host leaves that lie inside [start, end) from the one in ``slot`` on, their shadows first; up to a
     chunk, and to the first leaf that is cut by the range or allows what it should already. Where to go on."""
     cdef uint64_t at = start, desc, changed, run_end = start
+    cdef uint64_t permissions = perm_to_s2ap_xn(perm, vm.features.xnx) | (DESC_HOST_W if perm & ACCESS_WRITE else 0)
     cdef uint32_t first = slot
     cdef int first_level = level
-    cdef host_attrs_t attrs
     while slot and change.work < DROP_CHUNK:
         if at != run_end or at + level_span(vm.arena.granule_bits, level) > end:
             break
@@ -612,13 +610,9 @@ cdef uint64_t protect_whole(vm_t *vm, uint32_t slot, int level, uint64_t start, 
         slot = next_leaf(&vm.arena, &vm.canonical, &at, run_end, &level)    # other host changes may have been here
     while slot and at < run_end:
         desc = load64(vm.arena.words + slot)
-        attrs.perm = perm
-        attrs.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-        attrs.sh = decode_sh(&vm.arena.oa, desc, SH_ISH)
-        attrs.young = (desc & DESC_AF) != 0
-        changed = host_desc(vm, at, decode_oa(&vm.arena.oa, desc), level, &attrs)
-        if perm & ACCESS_WRITE:
-            changed |= desc & DESC_S2AP_W   # W that a write has earned stays: the page is marked
+        changed = desc & ~(DESC_S2AP_R | DESC_S2AP_W | DESC_XN | DESC_HOST_W) | permissions
+        if perm & ACCESS_WRITE and dirty_any_logged(&vm.dirty, at, at + level_span(vm.arena.granule_bits, level)):
+            changed &= ~DESC_S2AP_W | desc  # W that a write has earned stays: the page is marked
         store64(vm.arena.words + slot, changed)
         at += level_span(vm.arena.granule_bits, level)
         slot = leaf_after(&vm.arena, &vm.canonical, slot, &at, run_end, &level)
@@ -680,7 +674,7 @@ cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
 
 cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, change_t *change) noexcept nogil:
     """Switch dirty logging of some ranges, a stretch of pages at a time; the bit arrays must be reserved."""
-    cdef uint64_t at, stop, stretch = <uint64_t>LOG_CHUNK_PAGES << vm.arena.granule_bits
+    cdef uint64_t at, stop, stretch = <uint64_t>DROP_CHUNK << vm.arena.granule_bits
     cdef uint32_t i
     begin(vm, 0, 0, change)
     if on:

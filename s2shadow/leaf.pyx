@@ -7,7 +7,7 @@ from s2shadow.arch cimport (
     DESC_AF, DESC_VALID, DESC_XN, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span, perm_to_s2ap_xn,
     s2ap_xn_to_perm,
 )
-from s2shadow.atomics cimport load32, load64, prefetch, store32, store64
+from s2shadow.atomics cimport load32, load64, prefetch, prefetch_to_write, store32, store64
 from s2shadow.intervals cimport (
     UNKNOWN_IPA, interval_t, intervals_find, intervals_lose, intervals_remove, intervals_reset,
 )
@@ -190,7 +190,7 @@ cdef bint visit_node(vm_t *vm, uint32_t node, visit_t *visit) noexcept nogil:
     cdef node_t *meta = &vm.rmap.nodes[node]
     cdef int shift = level_shift(vm.arena.granule_bits, meta.level)
     cdef uint64_t first = 0, last = (<uint64_t>1 << vm.arena.slot_bits) - 1, i
-    cdef uint32_t name, child
+    cdef uint32_t name, child, ahead
     cdef bint complete = True
     if visit.start > meta.cipa:
         first = (visit.start - meta.cipa) >> shift
@@ -199,6 +199,10 @@ cdef bint visit_node(vm_t *vm, uint32_t node, visit_t *visit) noexcept nogil:
     pin_node(&vm.rmap, node)
     for i in range(first, last + 1):
         name = <uint32_t>((<uint64_t>node << vm.arena.slot_bits) + i)
+        if i + FETCH_AHEAD <= last:
+            ahead = load32(vm.rmap.heads + name + FETCH_AHEAD)
+            prefetch_to_write(vm.arena.words + ahead)
+            prefetch_to_write(vm.arena.links + ahead)
         if load32(vm.rmap.heads + name):
             if not visit_list(vm, name, visit, meta.cipa + (i << shift)):
                 complete = False

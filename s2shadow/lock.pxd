@@ -4,10 +4,16 @@
 # exclusive side looks at all of them and waits: shared sections are short (a chunk of a batch), so by yielding. The
 # turn is a futex of three states (Drepper, "Futexes Are Tricky").
 #
+# Who comes to the shared side amid an exclusive section waits awake for a moment, since most sections are short, then
+# sleeps. To wake up takes longer than the pause between two exclusive sections: who comes to the exclusive side lets
+# those in first who are late, or a long removal in chunks would be one long section to them.
+#
 # Not pthread_rwlock: its counter is one line for all vCPUs, and a pair of calls costs more than all the rest of a short
 # operation.
 
 from libc.stdint cimport uint32_t
+
+from s2shadow.atomics cimport linger
 
 cdef extern from *:
     """
@@ -20,9 +26,18 @@ cdef extern from *:
     #include <unistd.h>
     #endif
     enum { S2_READER_LINES = 4, S2_FREE = 0, S2_TAKEN = 1, S2_WANTED = 2 };
+    enum { S2_AWAKE = 128, S2_PATIENCE = 2048 };    /* some microseconds; longer than it takes to wake up */
+    #if defined(__x86_64__)
+    #define S2_PAUSE() __builtin_ia32_pause()
+    #elif defined(__aarch64__)
+    #define S2_PAUSE() __asm__ volatile("isb")
+    #else
+    #define S2_PAUSE() ((void)0)
+    #endif
     typedef struct { uint32_t inside; uint8_t pad[124]; } s2_reader_t;   /* two lines: they are fetched in pairs */
     typedef struct {
         uint32_t turn;                  /* not free for the whole of an exclusive section */
+        uint32_t late;                  /* who wait */
         s2_reader_t readers[S2_READER_LINES];
     } s2_lock_t;
 
@@ -32,12 +47,21 @@ cdef extern from *:
 
     static __attribute__((noinline, cold, unused)) void s2_await_turn(s2_lock_t *l)
     {
+        __atomic_fetch_add(&l->late, 1, __ATOMIC_RELAXED);
+        for (int i = 0; i < S2_AWAKE; i++, S2_PAUSE()) {
+            uint32_t seen = S2_FREE;
+            if (__atomic_load_n(&l->turn, __ATOMIC_RELAXED) == S2_FREE &&
+                __atomic_compare_exchange_n(&l->turn, &seen, S2_TAKEN, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED))
+                goto have;
+        }
         while (__atomic_exchange_n(&l->turn, S2_WANTED, __ATOMIC_SEQ_CST) != S2_FREE)
     #ifdef __linux__
             syscall(SYS_futex, &l->turn, FUTEX_WAIT_PRIVATE, S2_WANTED, NULL, NULL, 0);
     #else
             sched_yield();
     #endif
+    have:
+        __atomic_fetch_sub(&l->late, 1, __ATOMIC_RELAXED);
     }
     static inline void s2_take_turn(s2_lock_t *l)
     {
@@ -60,9 +84,18 @@ cdef extern from *:
     static __attribute__((noinline, cold, unused)) void s2_enter_late(s2_lock_t *l, s2_reader_t *r)
     {
         __atomic_fetch_sub(&r->inside, 1, __ATOMIC_RELEASE);
+        __atomic_fetch_add(&l->late, 1, __ATOMIC_RELAXED);
+        for (int i = 0; i < S2_AWAKE; i++, S2_PAUSE()) {
+            if (__atomic_load_n(&l->turn, __ATOMIC_RELAXED) != S2_FREE) continue;
+            __atomic_fetch_add(&r->inside, 1, __ATOMIC_SEQ_CST);
+            if (__atomic_load_n(&l->turn, __ATOMIC_SEQ_CST) == S2_FREE) goto in;
+            __atomic_fetch_sub(&r->inside, 1, __ATOMIC_RELEASE);
+        }
         s2_take_turn(l);                /* nobody is exclusive while we have it */
         __atomic_fetch_add(&r->inside, 1, __ATOMIC_SEQ_CST);
         s2_give_turn(l);
+    in:
+        __atomic_fetch_sub(&l->late, 1, __ATOMIC_RELAXED);
     }
     static inline void s2_lock_shared(s2_lock_t *l, s2_reader_t *r)
     {
@@ -77,9 +110,17 @@ cdef extern from *:
             for (int spin = 0; __atomic_load_n(&l->readers[i].inside, __ATOMIC_SEQ_CST); spin++)
                 if (spin >= 64) sched_yield();
     }
+    static __attribute__((noinline, cold, unused)) void s2_let_in(const s2_lock_t *l)
+    {
+        uint32_t late = __atomic_load_n(&l->late, __ATOMIC_RELAXED);
+        for (int i = 1; i < S2_PATIENCE && __atomic_load_n(&l->late, __ATOMIC_RELAXED) >= late; i++)
+            if (i % 256) S2_PAUSE();
+            else sched_yield();
+    }
     static inline void s2_lock_exclusive(s2_lock_t *l)
     {
         uint32_t inside = 0;
+        if (__builtin_expect(__atomic_load_n(&l->late, __ATOMIC_RELAXED) != 0, 0)) s2_let_in(l);
         s2_take_turn(l);
     #pragma GCC unroll 4
         for (int i = 0; i < S2_READER_LINES; i++) inside |= __atomic_load_n(&l->readers[i].inside, __ATOMIC_SEQ_CST);
@@ -101,9 +142,9 @@ cdef extern from *:
 
 
 cdef inline void breathe(lock_t *lock) noexcept nogil:
-    """Let others have the lock for a moment, in an exclusive section."""
+    """Let those have the lock who wait for it, in an exclusive section."""
     unlock_exclusive(lock)
-    sched_yield()
+    linger()
     lock_exclusive(lock)
 
 

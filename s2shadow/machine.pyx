@@ -10,14 +10,11 @@ from s2shadow.context cimport context_acquire, context_release
 from s2shadow.dirty cimport dirty_destroy
 from s2shadow.host cimport changed_since, populate_block
 from s2shadow.intervals cimport intervals_free, intervals_new
-from s2shadow.lock cimport (
-    lock_exclusive, lock_init, lock_reader, lock_shared_other, unlock_exclusive, unlock_shared_other,
-)
+from s2shadow.lock cimport lock_exclusive, lock_init, lock_reader, unlock_exclusive
 from s2shadow.owed cimport owed_begin, owed_destroy, owed_end, owed_init
 from s2shadow.rmap cimport node_t, rmap_destroy, rmap_init
 from s2shadow.table cimport (
-    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, forget_path, page_t, pthread_mutex_lock,
-    pthread_mutex_unlock, reserve_root, table_find, table_init,
+    CANONICAL, ROOT_PAGES, arena_destroy, arena_init, forget_path, page_t, reserve_root, table_find, table_init,
 )
 from s2shadow.vm cimport (
     NO_CONTEXT, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, forget_ways, is_active, overlaps_active,
@@ -176,9 +173,10 @@ cdef uint32_t ram_within(const region_map_t *map, uint64_t page, uint64_t start,
 
 
 cdef void vm_counters(vm_t *vm, counters_t *out) noexcept nogil:
+    """All at one moment: vCPUs count on the shared side, and what only they count is not atomic."""
     cdef uint32_t i, k
     memset(out, 0, sizeof(counters_t))
-    lock_shared_other(&vm.lock)
+    lock_exclusive(&vm.lock)
     for i in range(vm.vcpu_count):
         for k in range(8):
             out.kinds[k] += vm.vcpus[i].kinds[k]
@@ -199,7 +197,5 @@ cdef void vm_counters(vm_t *vm, counters_t *out) noexcept nogil:
     out.table_bytes = vm.arena.table_bytes
     out.link_bytes = vm.arena.link_bytes
     out.rmap_bytes = vm.arena.rmap_bytes
-    pthread_mutex_lock(&vm.owed.lock)
     out.owed = vm.owed.count
-    pthread_mutex_unlock(&vm.owed.lock)
-    unlock_shared_other(&vm.lock)
+    unlock_exclusive(&vm.lock)

@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t
 from libc.string cimport memset
 
 from s2shadow.arch cimport DESC_VALID, FINAL_LEVEL, LEVEL_STAGE2_OFF, level_shift, level_span
-from s2shadow.atomics cimport load64
+from s2shadow.atomics cimport load64, peek64
 from s2shadow.config cimport decode_vmid
 from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, clear_leaf_at, drop_leaf, is_empty, visit_context, visit_init, visit_t
@@ -22,9 +22,9 @@ from s2shadow.owed cimport (
     owed_begin, owed_end,
 )
 from s2shadow.rmap cimport rmap_unlink
-from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, table_find
+from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, page_tag, table_find
 from s2shadow.tlbi cimport (
-    CLASS_STAGE1, NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA, SCOPE_VMALLS12,
+    CLASS_STAGE1, NO_LEVEL, REGIME_EL2_S1, SCOPE_ALL, SCOPE_ASID, SCOPE_IPA, SCOPE_VA, SCOPE_VAA,
     tlbi_decode, tlbi_no_operand, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
@@ -85,7 +85,7 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
     slot = (context.shadow.root << vm.arena.slot_bits) + <uint32_t>(ipa >> shift)
     if largest <= vm.arena.granule_bits:
         known = remembered_page(vm, context.shadow.context, ipa, vm.arena.granule_bits + vm.arena.slot_bits,
-                                FINAL_LEVEL)
+                                page_tag(context.shadow.context, FINAL_LEVEL))
         if known:
             level = FINAL_LEVEL
             shift = vm.arena.granule_bits
@@ -97,7 +97,7 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
             if not tags:
                 return larger
             largest = tag_shift(context, lowest_bit(tags))
-        desc = load64(vm.arena.words + slot)
+        desc = peek64(vm.arena.words + slot)
         if not is_table(desc, level):
             break
         level += 1

@@ -83,6 +83,11 @@ cdef region_map_t *map_with(const region_map_t *map, const region_t *region,
 cdef region_map_t *map_without(const region_map_t *map, uint32_t index) noexcept nogil
 
 
+cdef inline bint is_asking(const mem_view_t *view) noexcept nogil:
+    """Whether the last walk ended since the embedder must be asked."""
+    return view.answers != NULL and view.answers.question != QUESTION_NONE
+
+
 cdef inline const region_t *find_region(mem_view_t *view, uint64_t address) noexcept nogil:
     """The region that holds an output address, or NULL."""
     if address - view.output.start < view.output.size:

@@ -12,12 +12,12 @@ from s2shadow.arch cimport (
     ACCESS_PTW, DESC_AF, DESC_CONTIGUOUS, DESC_MEMATTR_SHIFT, DESC_S2AP_SHIFT, DESC_SH_SHIFT, DESC_XN,
     LEVEL_STAGE2_OFF, hpfar, level_shift, required_perm,
 )
-from s2shadow.atomics cimport cas64, load64, peek64, prefetch, prefetch_to_write, store32, store64
+from s2shadow.atomics cimport cas64, load64, peek8, peek32, peek64, prefetch, prefetch_to_write, store32, store64
 from s2shadow.combine cimport combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
-from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t
+from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t, page_tag
 from s2shadow.vm cimport (
     EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, answer_t, fault_t, guest_table_t, plain_t,
     remembered_page, vcpu_t, vm_t,
@@ -43,8 +43,8 @@ ctypedef struct plain_way_t:
 cdef inline uint32_t plain_page(const vm_t *vm, const vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
     """The shadow's table, or 0."""
     cdef const plain_t *plain = &vcpu.plain
-    cdef uint32_t page = remembered_page(vm, vcpu.context, ipa, plain.shadow_span, plain.shadow_level)
-    return page if vm.arena.pages[page].has_links else 0
+    cdef uint32_t page = remembered_page(vm, vcpu.context, ipa, plain.shadow_span, plain.shadow_tag)
+    return page if peek8(&vm.arena.pages[page].has_links) else 0
 
 
 cdef inline uint32_t plain_slot(const vm_t *vm, const vcpu_t *vcpu, uint32_t page, uint64_t ipa) noexcept nogil:
@@ -84,7 +84,7 @@ cdef inline uint32_t plain_host(const vm_t *vm, const vcpu_t *vcpu, uint64_t cip
     """The host's table, or 0."""
     cdef const plain_t *plain = &vcpu.plain
     cdef uint32_t page = plain.host[cipa >> plain.host_span & (LEAF_TABLES - 1)]
-    if not is_page_of(&vm.arena.pages[page], span_start(cipa, plain.host_span), CANONICAL, plain.host_level):
+    if not is_page_of(&vm.arena.pages[page], span_start(cipa, plain.host_span), plain.host_tag):
         return 0
     return page
 
@@ -105,7 +105,7 @@ cdef inline bint put_leaf(vm_t *vm, const plain_t *plain, uint64_t cipa, uint32_
     cdef uint32_t head
     if not alone and not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
         return False
-    head = rmap_head_near(&vm.rmap, host, host_slot, cipa, plain.shadow_level)
+    head = rmap_head_near(&vm.rmap, host, host_slot, cipa, plain.shadow_level, alone)
     if not head:
         store64(vm.arena.words + slot, 0)
         return False
@@ -160,9 +160,9 @@ cdef inline bint fault_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t acc
 cdef inline int64_t find_ways(const vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, int64_t n,
                               plain_way_t *ways) noexcept nogil:
     """The first half of up to ``WAYS`` plain faults (shared side), step by step for all of them, so that their misses
-    overlap; what the second half needs is fetched meanwhile. Returns how many were looked at: none in one leaf table of
-    L1's, whose faults are as good as always in order, and the hardware sees that by itself. Ways are good until the lock
-    is let go or the vCPU learns another shape."""
+    overlap; what the second half needs is fetched meanwhile. Returns how many were looked at: none in one leaf table
+    of L1's, whose faults are as good as always in order, and the hardware sees that by itself. Ways are good until the
+    lock is let go or the vCPU learns another shape."""
     cdef const uint64_t *entries[WAYS]
     cdef const plain_t *plain = &vcpu.plain
     cdef uint32_t slot, host_slot, page, node
@@ -190,7 +190,7 @@ cdef inline int64_t find_ways(const vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas
         ways[i].host_page = page
         ways[i].host_slot = host_slot
         prefetch(vm.arena.words + host_slot)
-        node = vm.arena.pages[page].node
+        node = peek32(&vm.arena.pages[page].node)
         prefetch_to_write(&vm.rmap.nodes[node].used)
         prefetch_to_write(vm.rmap.heads + (node << vm.arena.slot_bits | host_slot & vm.arena.slot_mask))
     return n
@@ -247,7 +247,8 @@ cdef inline void learn_plain(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t 
         return
     plain.learnt += 1
     plain.guest_level = walked.level
-    plain.host_level = host.level
+    plain.host_tag = page_tag(CANONICAL, host.level)
+    plain.shadow_tag = page_tag(vcpu.context, leaf.level)
     plain.shadow_level = leaf.level
     plain.guest_shift = <uint8_t>level_shift(vcpu.config.granule_bits, walked.level)
     plain.host_shift = <uint8_t>level_shift(vm.arena.granule_bits, host.level)

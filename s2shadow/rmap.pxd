@@ -8,7 +8,7 @@
 from libc.stdint cimport int8_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport level_shift
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, load64, peek32, store32
 from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 
 cdef enum:
@@ -24,6 +24,7 @@ ctypedef struct node_t:
     uint32_t next_free
     uint32_t used               # heads that are not empty, plus children
     int8_t level
+    uint64_t key                # cipa and level, once the node is where they say; for those who remember it
 
 ctypedef struct rmap_t:
     arena_t *arena              # owner of the links; its bound covers heads and nodes
@@ -95,13 +96,18 @@ cdef inline bint rmap_is_empty(const rmap_t *rmap) noexcept nogil:
     return load32(&rmap.nodes[rmap.root].used) == 0
 
 
+cdef inline uint64_t node_key(uint64_t cipa, int level) noexcept nogil:
+    """Nodes start at multiples of 2 MiB at least. Never 0."""
+    return cipa | <uint64_t>(level + 2)
+
+
 cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_slot, uint64_t cipa,
-                                    int level) noexcept nogil:
+                                    int level, bint alone) noexcept nogil:
     """``rmap_ensure`` for a leaf under the host leaf in ``host_slot`` of canonical table ``page``, which remembers the
     node of its own block; a node that went meanwhile does not answer to that block."""
     cdef uint32_t node = load32(&page.node), name, mask = rmap.arena.slot_mask
     cdef int at = page.level
-    if not node or rmap.nodes[node].level != at or rmap.nodes[node].cipa != page.ipa:
+    if load64(&rmap.nodes[node].key) != node_key(page.ipa, at):
         name = rmap_ensure(rmap, cipa, at)
         if not name:
             return 0
@@ -144,6 +150,7 @@ cdef inline void rmap_push(rmap_t *rmap, uint32_t head, uint32_t slot, bint alon
     else:
         while not cas32(rmap.heads + head, &first, slot):
             store32(link_next(rmap.arena, slot), first)
+    linger()
     if first:
         store32(link_prev(rmap.arena, first), slot)
     elif alone:
@@ -164,11 +171,11 @@ cdef inline void head_emptied(rmap_t *rmap, uint32_t head) noexcept nogil:
 
 cdef inline void rmap_unlink(rmap_t *rmap, uint32_t slot) noexcept nogil:
     """Take a leaf out of its list (exclusive side)."""
-    cdef uint32_t following, prev = load32(link_prev(rmap.arena, slot))
+    cdef uint32_t following, prev = peek32(link_prev(rmap.arena, slot))
     if not prev & HEAD_TAG:
         unlink_after_leaf(rmap, slot)
         return
-    following = load32(link_next(rmap.arena, slot))
+    following = peek32(link_next(rmap.arena, slot))
     prev &= ~<uint32_t>HEAD_TAG
     if following:
         store32(link_prev(rmap.arena, following), HEAD_TAG | prev)

@@ -3,7 +3,7 @@
 from libc.string cimport memset
 
 from s2shadow.arch cimport FINAL_LEVEL, level_shift, level_span
-from s2shadow.atomics cimport bump32, cas32, fetch_add32, load32, store32
+from s2shadow.atomics cimport bump32, cas32, fetch_add32, linger, load32, poke64, store32, store64
 from s2shadow.table cimport (
     SLOT_LIMIT_BITS, arena_charge, arena_refund, arena_t, pthread_mutex_destroy, pthread_mutex_init,
     pthread_mutex_lock, pthread_mutex_unlock,
@@ -51,6 +51,7 @@ cdef bint rmap_init(rmap_t *rmap, arena_t *arena, int input_bits) noexcept nogil
             if not rmap.root:
                 return False
             rmap.nodes[rmap.root].level = <int8_t>level
+            rmap.nodes[rmap.root].key = node_key(0, level)
             rmap.root_level = <int8_t>level
             return True
         rmap_unmap(rmap)
@@ -88,10 +89,13 @@ cdef uint32_t take_node(rmap_t *rmap, int level) noexcept nogil:
 
 
 cdef void give_node(rmap_t *rmap, uint32_t node) noexcept nogil:
-    """Take back a node whose heads and children are all empty."""
-    cdef int level = rmap.nodes[node].level
-    memset(&rmap.nodes[node], 0, sizeof(node_t))
-    rmap.nodes[node].level = NODE_FREE
+    """Take back a node whose heads and children are all empty. Others may look whether it is one that they remember."""
+    cdef node_t *meta = &rmap.nodes[node]
+    cdef int level = meta.level
+    poke64(&meta.key, 0)
+    meta.level = NODE_FREE
+    meta.cipa = 0
+    meta.parent = 0
     pthread_mutex_lock(&rmap.lock)
     rmap.nodes[node].next_free = rmap.free_node
     rmap.free_node = node
@@ -113,11 +117,14 @@ cdef uint32_t add_child(rmap_t *rmap, uint32_t name, uint64_t cipa) noexcept nog
     cdef int shift = level_shift(rmap.arena.granule_bits, level) + rmap.arena.slot_bits
     if not child:
         return 0
-    rmap.nodes[child].level = <int8_t>level
     rmap.nodes[child].parent = name
+    rmap.nodes[child].level = <int8_t>level
     rmap.nodes[child].cipa = cipa >> shift << shift
     fetch_add32(&rmap.nodes[node].used, 1)
+    linger()
     if cas32(rmap.children + name, &seen, child):
+        # it is in its place: whoever remembers it may believe it, and not before, when it may yet be given back
+        store64(&rmap.nodes[child].key, node_key(cipa >> shift << shift, level))
         return child
     fetch_add32(&rmap.nodes[node].used, <uint32_t>-1)
     give_node(rmap, child)

@@ -6,7 +6,7 @@
 from libc.stdint cimport int64_t, int8_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from s2shadow.arch cimport DESC_TABLE, DESC_VALID, FINAL_LEVEL, OA_48, encode_oa, level_shift, oa_format_t
-from s2shadow.atomics cimport bump16, fetch_add16, peek64, store64
+from s2shadow.atomics cimport bump16, fetch_add16, load64, peek8, peek64, store64
 from s2shadow.pageset cimport pageset_t
 
 cdef enum:
@@ -34,9 +34,11 @@ ctypedef struct page_t:
     uint16_t holds[GUEST_LEVELS]
     uint16_t context
     int8_t level
-    uint8_t has_links           # a leaf was installed: its links are accounted for
     uint8_t is_root
+    # From here on atomic: looked at by whoever remembers the page, whatever has become of it.
+    uint8_t has_links           # a leaf was installed: its links are accounted for
     uint32_t node               # canonical pages: the reverse-map node of the same block when last seen, or 0
+    uint64_t key                # ipa and page_tag, once the page is where they say
 
 ctypedef struct arena_t:
     uint64_t *words             # the table pages: entry words, indexed by slot
@@ -118,9 +120,14 @@ cdef inline uint32_t page_of(const arena_t *arena, uint32_t slot) noexcept nogil
     return slot >> arena.slot_bits
 
 
-cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint32_t context, int level) noexcept nogil:
-    """Whether a page that was remembered still is the table of ``level`` that starts at ``ipa``."""
-    return page.ipa == ipa and page.context == context and page.level == level
+cdef inline uint64_t page_tag(uint32_t context, int level) noexcept nogil:
+    """What stands in a page's key below its address: tables start at multiples of 2 MiB at least. Never 0."""
+    return <uint64_t>context << 3 | <uint64_t>(level + 2)
+
+
+cdef inline bint is_page_of(const page_t *page, uint64_t ipa, uint64_t tag) noexcept nogil:
+    """Whether a page that was remembered still is the table that starts at ``ipa`` and has this tag."""
+    return load64(&page.key) == (ipa | tag)
 
 
 cdef inline uint64_t slot_ipa(const arena_t *arena, uint32_t slot) noexcept nogil:
@@ -171,7 +178,7 @@ cdef inline uint32_t table_find(const arena_t *arena, const table_t *table, uint
     cdef uint64_t desc
     level[0] = table.start_level
     while level[0] < FINAL_LEVEL:
-        desc = peek64(arena.words + slot)
+        desc = load64(arena.words + slot)   # what the table page says of itself comes with it
         if (desc & 3) != 3:
             break
         level[0] += 1
@@ -199,7 +206,7 @@ cdef inline uint32_t table_find_near(const arena_t *arena, const table_t *table,
     else:
         slot = (table.root << arena.slot_bits) + <uint32_t>(ipa >> shift)
     while at < FINAL_LEVEL:
-        desc = peek64(arena.words + slot)
+        desc = load64(arena.words + slot)   # what the table page says of itself comes with it
         if (desc & 3) != 3:
             break
         at += 1
@@ -226,7 +233,7 @@ cdef inline uint16_t count16(uint16_t *counter, bint alone) noexcept nogil:
 cdef inline bint links_ensure(arena_t *arena, uint32_t slot) noexcept nogil:
     """Account for the links beside a page before its first leaf; False over the bound."""
     cdef page_t *meta = &arena.pages[page_of(arena, slot)]
-    return meta.has_links or not arena.keeps_links or charge_links(arena, meta)
+    return peek8(&meta.has_links) or not arena.keeps_links or charge_links(arena, meta)
 
 
 cdef inline void entry_added(arena_t *arena, uint32_t page, bint alone) noexcept nogil:

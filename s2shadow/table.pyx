@@ -5,7 +5,10 @@ from libc.string cimport memset
 from s2shadow.arch cimport (
     DESC_TABLE, DESC_VALID, FINAL_LEVEL, decode_oa, encode_oa, largest_leaf_level, level_shift, level_span, oa_format_t,
 )
-from s2shadow.atomics cimport bump16, cas64, fetch_add16, fetch_add64, fetch_or8, load64, peek64, prefetch, store64
+from s2shadow.atomics cimport (
+    bump16, cas64, fetch_add16, fetch_add64, fetch_or8, linger, load64, poke8, poke32, poke64, prefetch,
+    store64,
+)
 from s2shadow.pageset cimport pageset_add, pageset_destroy, pageset_init, pageset_remove
 from s2shadow.vmem cimport prefer_huge, refused, release, reserve
 
@@ -116,12 +119,16 @@ cdef uint32_t take_page(arena_t *arena) noexcept nogil:
 
 
 cdef void give_page(arena_t *arena, uint32_t page) noexcept nogil:
-    """Take back a page whose words are zero."""
-    if arena.pages[page].level == FINAL_LEVEL:
+    """Take back a page whose words are zero. Others may look whether it is one that they remember."""
+    cdef page_t *meta = &arena.pages[page]
+    if meta.level == FINAL_LEVEL:
         pageset_remove(&arena.leaf_tables, page)
-    if arena.pages[page].has_links:
+    if meta.has_links:
         arena_refund(arena, &arena.link_bytes, <uint64_t>8 << arena.slot_bits)
-    memset(&arena.pages[page], 0, sizeof(page_t))
+    poke64(&meta.key, 0)
+    poke8(&meta.has_links, 0)
+    poke32(&meta.node, 0)
+    memset(meta, 0, <size_t>(<char *>&meta.has_links - <char *>meta))
     pthread_mutex_lock(&arena.lock)
     store64(&arena.freed, arena.freed + 1)
     arena.pages[page].next_free = arena.free_page
@@ -151,6 +158,11 @@ cdef int start_level_for(int granule_bits, bint wide, int ia_bits) noexcept nogi
     return level
 
 
+cdef inline void set_key(page_t *meta) noexcept nogil:
+    """The page is in its place: whoever remembers it may believe it. Not before, when it may yet be given back."""
+    store64(&meta.key, meta.ipa | page_tag(meta.context, meta.level))
+
+
 cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t context, int ia_bits) noexcept nogil:
     """Shape an empty table; its root pages must hold nothing."""
     cdef int shift, i
@@ -172,6 +184,7 @@ cdef void table_init(arena_t *arena, table_t *table, uint32_t root, uint16_t con
         page.context = context
         page.level = table.start_level
         page.ipa = <uint64_t>i << (shift + arena.slot_bits)
+        set_key(page)
 
 
 cdef void find_together(const arena_t *arena, const table_t *table, const uint64_t *ipas, int64_t n,
@@ -185,7 +198,7 @@ cdef void find_together(const arena_t *arena, const table_t *table, const uint64
     for i in range(1, n):
         apart |= ipas[i] ^ ipas[0]
     while level < FINAL_LEVEL and not apart >> shift:
-        desc = peek64(arena.words + (base + (ipas[0] >> shift & mask)))
+        desc = load64(arena.words + (base + (ipas[0] >> shift & mask)))
         if not is_table(desc, level):
             break
         base = child_page(arena, desc) << bits
@@ -200,7 +213,7 @@ cdef void find_together(const arena_t *arena, const table_t *table, const uint64
     while level < FINAL_LEVEL:
         shift -= bits
         for i in range(n):
-            desc = peek64(arena.words + found.slots[i])
+            desc = load64(arena.words + found.slots[i])
             if found.levels[i] == level and is_table(desc, level):
                 found.slots[i] = child_page(arena, desc) << bits | <uint32_t>(ipas[i] >> shift & mask)
                 found.levels[i] = <int8_t>(level + 1)
@@ -220,7 +233,9 @@ cdef bint add_table(arena_t *arena, const table_t *table, uint32_t slot, int lev
     meta.context = table.context
     meta.level = <int8_t>(level + 1)
     meta.ipa = ipa & ~(level_span(arena.granule_bits, level) - 1)
+    linger()
     if cas64(arena.words + slot, &seen, table_desc(arena, page)):
+        set_key(meta)
         entry_added(arena, page_of(arena, slot), arena.alone)
         if meta.level == FINAL_LEVEL and meta.context != CANONICAL:
             pageset_add(&arena.leaf_tables, page)
@@ -363,6 +378,7 @@ cdef uint32_t split_block(arena_t *arena, uint32_t slot, int level) noexcept nog
     meta.context = arena.pages[page_of(arena, slot)].context
     meta.level = <int8_t>(level + 1)
     meta.ipa = slot_ipa(arena, slot)
+    set_key(meta)
     meta.live = <uint16_t>entries
     meta.holds[0] = <uint16_t>entries       # the parent's count stays: one leaf less, one child more
     step = level_span(arena.granule_bits, level + 1)

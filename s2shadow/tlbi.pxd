@@ -56,7 +56,7 @@ ctypedef struct tlbi_op_t:
     uint8_t kind                # tlbi_class_t
 
 ctypedef struct tlbi_t:
-    tlbi_op_t op
+    const tlbi_op_t *op
     uint8_t names_nothing       # a range with TG=00, or an address beyond the input size
     uint8_t granule_bits        # of the hint, or of the range; 0 for none
     int8_t level                # of the hint, or NO_LEVEL
@@ -76,5 +76,5 @@ cdef object tlbi_encoding(object op, const features_t *features)
 cdef inline void tlbi_no_operand(const tlbi_op_t *op, tlbi_t *out) noexcept nogil:
     """Decode an operation that takes no operand."""
     memset(out, 0, sizeof(tlbi_t))
-    out.op = op[0]
+    out.op = op
     out.level = NO_LEVEL

@@ -3,12 +3,12 @@
 from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from s2shadow.atomics cimport load32
+from s2shadow.atomics cimport peek32
 from s2shadow.combine cimport combine_rules_t, combined_t
 from s2shadow.config cimport features_t, s2_config_t
 from s2shadow.dirty cimport dirty_t
 from s2shadow.intervals cimport intervals_t
-from s2shadow.lock cimport lock_t, reader_t
+from s2shadow.lock cimport lock_shared, lock_t, reader_t, unlock_shared
 from s2shadow.memory cimport mem_view_t
 from s2shadow.owed cimport owed_t
 from s2shadow.rmap cimport rmap_t
@@ -21,7 +21,7 @@ cdef extern from *:
     #ifdef S2SHADOW_STRESS
     enum { S2_DROP_CHUNK = 2, S2_FAULT_CHUNK = 1 };
     #else
-    enum { S2_DROP_CHUNK = 4096, S2_FAULT_CHUNK = 32 };
+    enum { S2_DROP_CHUNK = 1024, S2_FAULT_CHUNK = 32 };
     #endif
     """
     const int DROP_CHUNK "S2_DROP_CHUNK"        # leaves removed or changed before the lock is let go for a moment
@@ -31,7 +31,7 @@ cdef enum:
     NO_CONTEXT = 0xFFFFFFFFu
     ACTIVE_RANGES = 64          # invalidations that may work in chunks at once
     CHANGES_KEPT = 64           # host changes that a populate in flight can be checked against
-    LEAF_TABLES = 2048          # leaf tables of each kind that are remembered
+    LEAF_TABLES = 8192          # leaf tables of each kind that are remembered: 16 GiB with a 4K granule
     EPOCH_MASK = 0x1FFFFF       # below the span of any leaf table
 
 ctypedef enum teardown_t:
@@ -119,6 +119,8 @@ ctypedef struct plain_t:
     uint64_t leaf_base          # bits of an address that its leaf shares,
     uint64_t guest_offset       # and those within L1's
     uint64_t host_offset        # and the host's
+    uint64_t shadow_tag         # page_tag of the tables that hold the leaves
+    uint64_t host_tag
     answer_t answer
     uint32_t accesses           # those that the leaf allows, a bit for each; 0: there is no last fault
     uint8_t guest_shift         # of the leaves' sizes
@@ -128,7 +130,6 @@ ctypedef struct plain_t:
     uint8_t host_span
     uint8_t shadow_span
     int8_t guest_level
-    int8_t host_level
     int8_t shadow_level
     guest_table_t guest[LEAF_TABLES]        # by input address, modulo
     uint32_t host[LEAF_TABLES]              # table pages: hints, that the page's own account must bear out
@@ -220,6 +221,13 @@ cdef inline void forget_ways(vcpu_t *vcpu) noexcept nogil:
     vcpu.plain.accesses = 0
 
 
+cdef inline void count_answer(vm_t *vm, vcpu_t *vcpu, int kind) noexcept nogil:
+    """Count an answer that was found with no lock held: counters are read on the exclusive side."""
+    lock_shared(&vm.lock, vcpu.reader)
+    vcpu.kinds[kind & 7] += 1
+    unlock_shared(vcpu.reader)
+
+
 cdef inline uint64_t kernel_steps_per_context(const vm_t *vm) noexcept nogil:
     """Linux walks a context's whole input space in steps of its largest block (stage2_apply_range)."""
     cdef int step_bits = 30 if vm.arena.granule_bits == 12 else 25 if vm.arena.granule_bits == 14 else 29
@@ -253,11 +261,12 @@ cdef inline void note_change(vm_t *vm, uint64_t start, uint64_t end) noexcept no
     change.end = end
 
 
-cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ipa, int span, int level) noexcept nogil:
-    """The shadow's table of ``level``, of 1 << ``span`` bytes, that ``ipa`` lies in, if it is remembered and still is
+cdef inline uint32_t remembered_page(const vm_t *vm, uint32_t index, uint64_t ipa, int span,
+                                     uint64_t tag) noexcept nogil:
+    """The shadow's table with this tag, of 1 << ``span`` bytes, that ``ipa`` lies in, if it is remembered and still is
     that table; else 0."""
-    cdef uint32_t page = load32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
-    return page if is_page_of(&vm.arena.pages[page], ipa >> span << span, index, level) else 0
+    cdef uint32_t page = peek32(&vm.contexts[index].leaf_tables[ipa >> span & (LEAF_TABLES - 1)])
+    return page if is_page_of(&vm.arena.pages[page], ipa >> span << span, tag) else 0
 
 
 cdef inline uint64_t read_tag(uint64_t desc) noexcept nogil:

@@ -34,7 +34,8 @@ class Browser:
              "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--hide-scrollbars",
              "--remote-debugging-pipe", f"--user-data-dir={self.profile}", "about:blank"],
             pass_fds=(commands, answers), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL)
+            stderr=subprocess.DEVNULL,
+            env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"})  # sanitizers: not for it
         os.close(commands)
         os.close(answers)
         self.number = 0

@@ -1,6 +1,7 @@
 """Paths, and the settings and fixtures that every test shares."""
 
 import os
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -30,6 +31,9 @@ NOTES = pytest.StashKey[list[str]]()
 
 def pytest_configure(config):
     config.stash[NOTES] = []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # a shell's background job ignores it, and so would every program that a test starts in order to interrupt it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header():

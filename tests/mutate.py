@@ -15,6 +15,7 @@ import lzma
 import re
 import shutil
 import signal
+import sys
 import traceback
 import warnings
 import zipfile
@@ -243,7 +244,8 @@ def limited():
         raise TooLong
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_LIMIT)
-    faulthandler.dump_traceback_later(20 * CPU_LIMIT, exit=True)       # a loop that Python cannot stop
+    # a loop that Python cannot stop; what stands for stderr under pytest may be no file
+    faulthandler.dump_traceback_later(20 * CPU_LIMIT, exit=True, file=sys.__stderr__)
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ import s2shadow
 from rig import DATA, HA, HD, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables
 from s2shadow import EXEC, L1_FAULT, MAPPED, READ, WRITE
 from s2shadow.constants import TEARDOWNS
+from sanitizer import SANITIZED
 
 BASES = (0, 2 * M, 4 * M, 64 * M, G, G + 2 * M, 3 * G)
 SLOTS = [base + n * PAGE for base in BASES for n in (0, 1, 17, 511)]
@@ -272,6 +273,7 @@ def resident():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.skipif(SANITIZED, reason="ASan keeps what was freed for a while")
 def test_small_machines_stay_small():
     """Arenas are on large pages, but not their first 2 MiB."""
     mapped(DENSE[:16], DENSE[:16])

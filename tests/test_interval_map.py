@@ -3,7 +3,6 @@
 Which leaves go, in any order of events, is compared with a model in test_engine_stateful and test_engine_seeded.
 """
 
-import os
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ import s2shadow
 from model.intervals import Ranges
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, K, M, Rig, flags
 from s2shadow import HIT, HOST_FAULT, MAPPED, READ, WRITE
+from sanitizer import SANITIZED
 
 STEPS = 1 << 18  # 2^48 of input space in blocks of 1 GiB
 NODES = 104  # bytes of a known range: one node in either direction
@@ -390,7 +390,7 @@ print(r.vm.stats.live == len(ipas))
 """
 
 
-@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="ASan cannot work where malloc gets nothing")
+@pytest.mark.skipif(SANITIZED, reason="ASan cannot work where malloc gets nothing")
 def test_allocator_refuses():
     """No memory for a node: the leaf is not installed, others make room, and nothing is left untracked."""
     code = f"import sys; sys.path[:0] = {sys.path!r}\n{REFUSED}"
