@@ -53,13 +53,14 @@ def run(command, folder, limit, log):
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                    start_new_session=True)
         try:
-            until = time.monotonic() + limit
+            left = limit
             while process.poll() is None:
-                if time.monotonic() > until:
+                if left < 0:
                     return f"hang, ended after {limit:.0f} s"
                 if memory_of(process) > MEMORY_LIMIT:
                     return f"grows without end, ended at {MEMORY_LIMIT >> 30} GiB"
                 time.sleep(0.1)
+                left -= 0.1                 # by turns, not by the clock: the machine may sleep, or have stopped us
             return process.returncode
         finally:
             if process.poll() is None:
