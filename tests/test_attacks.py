@@ -306,6 +306,54 @@ def test_cold_contexts_go_first():
     r.vm.check()
 
 
+def scattered(r, pages, n=0):
+    """Faults on pages, each of which takes a leaf table of its own, until one of them had to evict."""
+    before = r.vm.stats.evictions
+    for page in pages:
+        r.tables.map(page * 2 * M, DATA + page * PAGE)
+        r.fault(page * 2 * M, n=n)
+        if r.vm.stats.evictions > before:
+            return
+
+
+def entries(r):
+    return {context.vmid: context.entries for context in r.vm.contexts}
+
+
+def test_the_coldest_context_goes_first():
+    r = Rig(max_table_bytes=1200 * K, contexts=4)
+    r.tables.next = RAM + 8 * M
+    for vmid in (3, 2, 4):
+        r.load(vmid)
+        scattered(r, range(20))
+    r.load(3)
+    r.load(1)
+    scattered(r, range(400))
+    r.vm.check()
+    assert [entries(r)[vmid] for vmid in (2, 3, 4)] == [0, 20, 20]
+
+
+def test_what_grows_cold_is_found():
+    """Nothing was cold when room was last looked for; then the vCPU goes to another context."""
+    r = Rig(max_table_bytes=1200 * K, contexts=2)
+    r.tables.next = RAM + 8 * M
+    scattered(r, range(400))
+    assert entries(r)[1] > 100
+    r.load(2)
+    scattered(r, range(400))
+    r.vm.check()
+    assert entries(r)[1] == 0
+
+
+def test_a_large_context_is_recycled():
+    """More leaves than one section drops: the next owner finds none."""
+    r = aliased(contexts=1)
+    r.load(2)
+    assert len(r.shadow()) == 0 and r.vm.stats.live == 0
+    r.vm.check()
+    assert r.vcpu.translate(0).kind != HIT
+
+
 def test_contexts_in_use_pay_table_by_table():
     """At the bound, with nothing cold, one leaf table is taken at a time, whose ever it is: no context that a vCPU runs
     on is emptied, also when all tables had their turn."""

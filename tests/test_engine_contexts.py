@@ -3,7 +3,7 @@
 import pytest
 
 import s2shadow
-from rig import DATA, HOST, PAGE, K, Rig
+from rig import DATA, HOST, PAGE, ROM, K, M, Rig
 from s2shadow import HCR_CD, HCR_DC, HCR_FWB, HCR_VM, HIT, L1_FAULT, MAPPED, READ
 
 VS = 1 << 19
@@ -72,6 +72,25 @@ def test_relevant_bits(r, change):
     other = index(r, r.tables.vttbr(1) ^ change.get("vttbr", 0), r.tables.vtcr ^ change.get("vtcr", 0), **options)
     assert other != first
     assert index(r) == first
+
+
+def test_shareability_of_leaves_without_any():
+    """With DS the leaves have no SH: VTCR.SH0 is theirs, and makes another context."""
+    r = Rig(features=s2shadow.Features(pa_bits=52, lpa2=True), wide=True, contexts=4)
+    first = index(r)
+    for sh0 in (1 << 12, 1 << 13):
+        assert index(r, vtcr=r.tables.vtcr ^ sh0) != first
+    assert index(r) == first
+
+
+def test_size_of_a_stage_2_that_is_off():
+    """T0SZ says nothing then: L2's addresses are the machine's."""
+    r = Rig()
+    r.vm.host.map(ROM, HOST + ROM, 2 * M)
+    context = index(r, vtcr=64 - 25 | 1 << 31, hcr=0)
+    assert r.fault(ROM).kind == MAPPED and r.fault(ROM).kind == HIT
+    assert r.leaves(context) == [(ROM, ROM, 2 * M)]
+    r.vm.check()
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -269,6 +269,31 @@ def test_protect_partly(r):
     r.vm.check()
 
 
+def test_a_drop_ends_where_the_range_does(r):
+    """What only follows a range that blocks or pages fill is not dropped with it."""
+    assert touch(r, 4 * M, 6 * M) == [MAPPED] * 2
+    r.vm.unmap(DATA + 4 * M, DATA + 6 * M, partial="drop")
+    r.vm.host.map(DATA, HOST + PAGE, 4 * PAGE)  # in pages
+    r.vm.unmap(DATA + PAGE, DATA + 2 * PAGE, partial="drop")
+    assert touch(r, 4 * M, 6 * M) == [HOST_FAULT, HIT]
+    assert touch(r, 0, PAGE, 2 * PAGE) == [MAPPED, HOST_FAULT, MAPPED]
+    r.vm.check()
+
+
+def test_map_with_other_attributes(r):
+    """The same page with another memory type: its shadows go, and come back with that."""
+    assert touch(r, 0) == [MAPPED]
+    (before,) = r.shadow()
+    change = r.vm.host.map(DATA, HOST + DATA, PAGE, memattr=5)
+    assert change.leaves == 1
+    assert r.vm.host.leaves()[["cipa", "memattr"]].tolist().count((DATA, 5)) == 1
+    assert touch(r, 0) == [MAPPED]
+    (row,) = r.shadow()
+    assert (before["memattr"], row["memattr"]) == (6, 5)
+    assert r.vm.host.map(DATA, HOST + DATA, PAGE, memattr=5).leaves == 0
+    r.vm.check()
+
+
 @pytest.mark.parametrize("page", [0, 1, 255, 510, 511])
 def test_protect_one_page_of_a_block(r, page):
     """Wherever in the host's block the page is, a shadow of the whole block goes, and the pages beside keep all."""

@@ -270,6 +270,16 @@ def test_log_on_twice(r):
     assert dirty(r) == {0}
 
 
+@pytest.mark.parametrize("start", [0, 1, 10, 63, 64])
+@pytest.mark.parametrize("written", [64, 65, 66, 73, 127, 128, 191])
+def test_report_from_anywhere(r, start, written):
+    """A report finds what was written, wherever in its bit array it begins."""
+    r.vm.log_dirty(RAM, END)
+    r.fault(written * PAGE, WRITE)
+    got = flags(r.vm.dirty_log(DATA + start * PAGE, DATA + 192 * PAGE), 192 - start)
+    assert [start + n for n, dirty in enumerate(got) if dirty] == [written]
+
+
 @pytest.mark.parametrize("pages", [1, 7, 8, 9, 513])
 def test_bitmap_shape(r, pages):
     """One bit a page, little-endian within bytes, odd lengths padded with zeros."""

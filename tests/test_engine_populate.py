@@ -262,6 +262,24 @@ def test_callable_is_overtaken(r, others):
     r.vm.check()
 
 
+@pytest.mark.parametrize("page", [0, 1, 5, 511])
+def test_callable_is_overtaken_in_part(r, page):
+    """The host takes one page of the block that is being resolved: the block is not mapped."""
+    asked = []
+
+    def populate(cipa, access):
+        asked.append(cipa)
+        if len(asked) == 1:
+            r.vm.unmap(DATA + page * PAGE, DATA + (page + 1) * PAGE)
+        return HostMapping((1 + len(asked)) * HOST, 2 * M)
+
+    r.vm.host.populate = populate
+    f = r.fault(7 * PAGE)
+    assert (f.kind, f.pa) == (MAPPED, 3 * HOST + 7 * PAGE)
+    assert asked == [DATA + 7 * PAGE] * 2
+    r.vm.check()
+
+
 def test_callable_changes_l1s_table(r):
     """L1's table changes while it is asked: the fault starts over, and the new address is asked for."""
     asked = []

@@ -234,6 +234,24 @@ def test_take_in_parts(r):
     assert len(r.vm.take_tlbis()) == 0
 
 
+def test_tickets_stay_true_when_the_queue_collapses():
+    """What a change owed is there under its ticket, however many came after it before anybody took the rows."""
+    r = Rig(contexts=2)
+    r.tables.map_range(0, DATA, 4 * M)
+    r.fault(0)
+    r.vm.take_tlbis()
+    ticket = r.vm.unmap(DATA, DATA + PAGE).ticket
+    for n in range(1, 1024):
+        for _ in range(6):
+            r.fault(n * PAGE)
+            r.vm.host.map(DATA + n * PAGE, 2 * HOST + n * PAGE, PAGE)
+            r.fault(n * PAGE)
+            r.vm.host.map(DATA + n * PAGE, HOST + DATA + n * PAGE, PAGE)
+    rows = r.vm.take_tlbis()
+    assert len(rows) < 10_000, "the queue did not collapse"
+    assert covers(rows[rows["seq"] <= ticket], r.vm.contexts[0].host_vmid, 0, PAGE)
+
+
 def test_queue_collapses():
     """A queue that nobody drains stays small and still covers everything: one VMALLS12 per context in the end."""
     r = Rig(contexts=2)

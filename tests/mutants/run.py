@@ -29,6 +29,7 @@ SLOW = ["tests/test_bench_tools.py", "tests/test_cli_dump.py", "tests/test_docs.
         "tests/test_whole_files.py"]  # fmt: skip
 NOT_ABOUT_THIS = ["tests/test_mutant_list.py"]  # of course it notices
 BUILD_LIMIT, SUITE_LIMIT = 1800, 3600  # seconds
+MEMORY_LIMIT = 4 << 30
 VERDICT = re.compile(r"^(?:FAILED|ERROR) (tests/\S+?\.py(?:::.+?)?)(?: - .*)?$", re.MULTILINE)
 WHY = re.compile(r"^E +([\w.]+)", re.MULTILINE)
 UNDER_WAY = re.compile(r"^(tests/\S+::.+?) $")
@@ -38,15 +39,29 @@ class Broken(Exception):
     """What makes a run mean nothing."""
 
 
+def memory_of(process):
+    """Bytes that a process holds; 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return 0
+
+
 def run(command, folder, limit, log):
-    """The exit code of a command, None where it had to be ended; what it says goes to ``log``."""
+    """The exit code of a command, or why it had to be ended; what it says goes to ``log``."""
     with open(log, "w") as out:
         process = subprocess.Popen(command, cwd=folder, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                    start_new_session=True)
         try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return None
+            left = limit
+            while process.poll() is None:
+                if left < 0:
+                    return f"hang, ended after {limit:.0f} s"
+                if memory_of(process) > MEMORY_LIMIT:
+                    return f"grows without end, ended at {MEMORY_LIMIT >> 30} GiB"
+                time.sleep(0.1)
+                left -= 0.1                 # by turns, not by the clock: the machine may sleep, or have stopped us
+            return process.returncode
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -124,9 +139,9 @@ class Trial:
         said = self.log.read_text(errors="replace")
         if code == 0:
             return None
-        if code is None or code < 0:
+        if isinstance(code, str) or code < 0:
             at = [match[1] for line in said.splitlines() if (match := UNDER_WAY.match(line.partition("Fatal ")[0]))]
-            how = f"hang, ended after {limit:.0f} s" if code is None else f"crash ({signal.Signals(-code).name})"
+            how = code if isinstance(code, str) else f"crash ({signal.Signals(-code).name})"
             return (at[-1] if at else "collection"), how
         failed = VERDICT.findall(said)
         if not failed:
