@@ -34,7 +34,8 @@ from s2shadow.dirty cimport dirty_reserve, mark_dirty
 from s2shadow.fault cimport STEP_DESCRIPTOR, STEP_DONE, fault_one, fault_run, step_t, translate_run
 from s2shadow.handle cimport handle_t
 from s2shadow.host cimport (
-    change_t, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
+    change_t, forget_active, host_age, host_attrs_t, host_dirty_log, host_log, host_map, host_protect, host_unmap,
+    register_active,
 )
 from s2shadow.lock cimport (
     lock_exclusive, lock_shared, lock_shared_other, unlock_exclusive, unlock_shared, unlock_shared_other,
@@ -426,16 +427,20 @@ cdef int api_add_callbacks(s2s_vm_t *vm, uint64_t cipa, uint64_t size, const s2s
 
 
 cdef int api_remove_region(s2s_vm_t *vm, uint64_t cipa, s2s_change_t *change) noexcept nogil:
-    """Take the region out first, then unmap what it had: a fault between finds no region and installs nothing."""
+    """Take the region out first, then unmap what it had: a fault between finds no region and installs nothing, and what
+    is live there still is known to be going."""
     cdef handle_t *handle = <handle_t *>vm
     cdef const region_map_t *map
     cdef region_map_t *fewer
     cdef change_t done
     cdef uint32_t at = 0
     cdef uint64_t size = 0, page, end, limit
+    cdef bint going = False
     cdef int status = own_memory(handle)
     if status:
         return status
+    page = <uint64_t>1 << handle.vm.arena.granule_bits
+    limit = <uint64_t>1 << handle.vm.features.pa_bits
     lock_exclusive(&handle.vm.lock)
     map = handle.own.map
     while at < map.count and map.regions[at].start != cipa:
@@ -449,19 +454,23 @@ cdef int api_remove_region(s2s_vm_t *vm, uint64_t cipa, s2s_change_t *change) no
             status = fail(S2S_E_NO_MEMORY, "no memory for the list of regions")
         else:
             publish(handle, fewer)
+    end = (cipa + size + page - 1) & ~(page - 1)
+    if end > limit:
+        end = limit
+    cipa &= ~(page - 1)
+    if not status and cipa < end:
+        going = register_active(handle.vm, cipa, end)
     done.dropped = 0
     done.ticket = handle.vm.owed.seq
     unlock_exclusive(&handle.vm.lock)
     if status:
         return status
-    page = <uint64_t>1 << handle.vm.arena.granule_bits
-    limit = <uint64_t>1 << handle.vm.features.pa_bits
-    end = (cipa + size + page - 1) & ~(page - 1)
-    if end > limit:
-        end = limit
-    cipa &= ~(page - 1)
     if cipa < end:
         host_unmap(handle.vm, cipa, end, False, &done)
+    if going:
+        lock_exclusive(&handle.vm.lock)
+        forget_active(handle.vm, cipa, end)
+        unlock_exclusive(&handle.vm.lock)
     give_change(change, &done)
     return S2S_OK
 

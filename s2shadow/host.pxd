@@ -24,6 +24,8 @@ cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const ho
                    change_t *change) noexcept nogil
 cdef bint host_make_room(vm_t *vm, uint64_t pages) noexcept nogil
 cdef void host_give_room(vm_t *vm) noexcept nogil
+cdef bint register_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil
+cdef void forget_active(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil
 cdef void host_unmap(vm_t *vm, uint64_t start, uint64_t end, bint drop_partial, change_t *change) noexcept nogil
 cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, change_t *change) noexcept nogil
 cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, change_t *change) noexcept nogil
