@@ -127,6 +127,16 @@ def test_aliases_report_one_page(r):
     assert dirty(r) == {0}
 
 
+def test_a_read_brings_no_write(r):
+    """A page that was written through one address is mapped without W by a read through another."""
+    r.tables.map(16 * M, DATA)
+    r.vm.log_dirty(RAM, END)
+    r.fault(0, WRITE)
+    assert not r.fault(16 * M, READ).perm & WRITE
+    assert (perms(r)[0] & WRITE, perms(r)[16 * M] & WRITE) == (WRITE, 0)
+    assert r.fault(16 * M, WRITE).kind == MAPPED
+
+
 def test_only_what_was_dirty_is_protected_again(r):
     """dirty_log over a part leaves the rest writable and still reported later."""
     r.vm.log_dirty(RAM, END)
