@@ -19,7 +19,7 @@ from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
 from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t, page_tag
 from s2shadow.vm cimport (
-    EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, answer_t, fault_t, guest_table_t, plain_t,
+    EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, fault_head_t, fault_t, guest_table_t, plain_t,
     remembered_page, vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_t
@@ -129,7 +129,7 @@ cdef inline bint install_plainly(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint64_t 
             return False
     elif not put_leaf(vm, plain, cipa, slot, host, host_slot, plain.leaf | desc & plain.leaf_base, False):
         return False
-    memcpy(out, &plain.answer, sizeof(answer_t))
+    memcpy(out, &plain.answer, sizeof(fault_head_t))
     out.ipa = ipa
     out.cipa = cipa
     out.pa = desc

@@ -98,7 +98,7 @@ ctypedef struct guest_table_t:
     const uint64_t *words
 
 # The head of a fault_t.
-ctypedef struct answer_t:
+ctypedef struct fault_head_t:
     uint8_t kind
     uint8_t fsc
     int8_t level
@@ -121,7 +121,7 @@ ctypedef struct plain_t:
     uint64_t host_offset        # and the host's
     uint64_t shadow_tag         # page_tag of the tables that hold the leaves
     uint64_t host_tag
-    answer_t answer
+    fault_head_t answer
     uint32_t accesses           # those that the leaf allows, a bit for each; 0: there is no last fault
     uint8_t guest_shift         # of the leaves' sizes
     uint8_t host_shift
