@@ -733,12 +733,14 @@ cdef class _Engine:
         out = np.zeros(n, dtype=np.uint64)
         if n == 0:
             return out
-        raw = np.array(ops).view(np.uint8)  # a copy: what was checked must not change
+        copy = np.empty(n, dtype=TLBI_OP_DTYPE)         # what was checked must not change
+        raw = copy.view(np.uint8)
         rows = <tlbi_request_t *>&raw[0]
         removed = out
         for i in range(n):                  # nothing is applied unless everything can be
             if not i & 0xFFFF:
                 PyErr_CheckSignals()
+                copy[i:i + 0x10000] = ops[i:i + 0x10000]
             if rows[i].vcpu >= self.vm.vcpu_count:
                 raise ValueError(f"ops[{i}]: no vCPU {rows[i].vcpu}")
             if tlbi_lookup_word(rows[i].insn, &self.vm.features, &found) != TLBI_OK:

@@ -232,18 +232,27 @@ class HostPlan:
         if pages > self.total_pages:
             raise ValueError(f"event_pages {pages:,} is more than the {self.total_pages:,} canonical pages of the set")
         ends = np.cumsum(self.unit_pages)
-        picked = np.random.default_rng(seed).integers(0, ends[-1], size=count)
-        unit = in_pieces(lambda some: np.searchsorted(ends, some, side="right"), picked)
-        within = picked - (ends[unit] - self.unit_pages[unit])
-        starts = self.units[unit] + within.astype(np.uint64) * np.uint64(PAGE)
+        random = np.random.default_rng(seed)
         limit = int(self.units[-1]) + int(self.unit_pages[-1]) * PAGE - pages * PAGE
-        return np.asarray(np.minimum(starts, np.uint64(max(limit, 0))))
+
+        def pick(at: int, end: int) -> U64:
+            picked = random.integers(0, ends[-1], size=end - at)
+            unit = np.searchsorted(ends, picked, side="right")
+            within = picked - (ends[unit] - self.unit_pages[unit])
+            starts = self.units[unit] + within.astype(np.uint64) * np.uint64(PAGE)
+            return np.asarray(np.minimum(starts, np.uint64(max(limit, 0))))
+        return in_pieces(pick, count)
 
 
-def in_pieces(function: Callable[..., Any], *arrays: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """``function`` of long arrays, piece by piece: Ctrl-C is answered between two pieces, and numpy does not look."""
-    pieces = [function(*(array[at:at + PIECE] for array in arrays)) for at in range(0, len(arrays[0]), PIECE)]
-    return np.concatenate(pieces)
+def in_pieces(function: Callable[[int, int], npt.NDArray[Any]], n: int) -> npt.NDArray[Any]:
+    """``n`` elements of a long array, as ``function(at, end)`` makes them: Ctrl-C is answered between two pieces, and
+    numpy does not look."""
+    first = function(0, min(n, PIECE))
+    whole = np.empty(n, first.dtype)
+    whole[:PIECE] = first
+    for at in range(PIECE, n, PIECE):
+        whole[at:at + PIECE] = function(at, min(n, at + PIECE))
+    return whole
 
 
 def plain_rows(*arrays: npt.NDArray[Any]) -> Iterator[tuple[Any, ...]]:
@@ -642,8 +651,9 @@ def run_policy(config: StormConfig, workload: Workload, policy: str, starts: U64
                progress: Progress | None) -> None:
     """Measure one policy into ``result``; an interrupt keeps the rounds that are complete."""
     deadline = None if policy == REVERSE_MAP else time.monotonic() + config.seconds
-    ends = starts + np.uint64(config.event_pages * PAGE)
-    required = in_pieces(workload.index.required, starts, ends)
+    size = np.uint64(config.event_pages * PAGE)
+    ends = in_pieces(lambda at, end: starts[at:end] + size, len(starts))
+    required = in_pieces(lambda at, end: np.asarray(workload.index.required(starts[at:end], ends[at:end])), len(starts))
     rounds: list[Round] = []
     began = time.monotonic()
     rig = Rig(workload, policy, config)
