@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -488,8 +488,7 @@ def stage2_tables(base: int, page_ipas: U64, page_outputs: U64, block_ipas: U64,
 SCALAR_FAULTS = 4       # up to so many refaults of one context go one by one: a batch call costs more than they do
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """One event: nanoseconds and leaves of its teardown, and of what had to be faulted in again."""
 
     teardown_ns: int
@@ -498,6 +497,9 @@ class Round:
     refaults: int
     owed_tlbis: int
     kernel_steps: int
+
+
+ROUND_DTYPE = np.dtype([(name, np.int64) for name in Round._fields])
 
 
 class Rig:
@@ -654,7 +656,7 @@ def run_policy(config: StormConfig, workload: Workload, policy: str, starts: U64
     size = np.uint64(config.event_pages * PAGE)
     ends = in_pieces(lambda at, end: starts[at:end] + size, len(starts))
     required = in_pieces(lambda at, end: np.asarray(workload.index.required(starts[at:end], ends[at:end])), len(starts))
-    rounds: list[Round] = []
+    rounds, done = np.empty(len(starts), ROUND_DTYPE), 0    # 10^7 objects would take a second to sum up
     began = time.monotonic()
     rig = Rig(workload, policy, config)
     if progress is not None:
@@ -667,21 +669,22 @@ def run_policy(config: StormConfig, workload: Workload, policy: str, starts: U64
         full_stats = rig.vm.stats
         shadow_bytes = sum(context.table_bytes for context in rig.vm.contexts)
         for i, (start, end, need) in enumerate(plain_rows(starts, ends, required)):
-            rounds.append(rig.round(start, end, need))
+            rounds[i] = rig.round(start, end, need)
+            done = i + 1
             if deadline is None:
-                done, due = (i + 1) / len(starts), not i & 0xFF
+                share, due = done / len(starts), not i & 0xFF
             else:
-                done, due = (time.monotonic() - began) / config.seconds, True
-                if time.monotonic() >= deadline and i + 1 >= config.min_events:
+                share, due = (time.monotonic() - began) / config.seconds, True
+                if time.monotonic() >= deadline and done >= config.min_events:
                     break
             if progress is not None and due:
-                progress(policy, min(done, 1.0))
+                progress(policy, min(share, 1.0))
         interrupted = False
     finally:
         if collecting:
             gc.enable()
-        if rounds:
-            row = summarize(rounds, int(required[:len(rounds)].sum()), *fill)
+        if done:
+            row = summarize(rounds[:done], int(required[:done].sum()), *fill)
             row |= memory_use(full_stats, shadow_bytes)
             row |= {"leaves": rig.full, "seconds": time.monotonic() - began, "interrupted": interrupted}
             result["policies"][policy] = row
@@ -692,25 +695,23 @@ def run_policy(config: StormConfig, workload: Workload, policy: str, starts: U64
         progress(policy, 1.0)
 
 
-def summarize(rounds: Sequence[Round], required: int, fill_ns: int, filled: int) -> dict[str, Any]:
-    """The figures of one policy from its rounds and from the first fill."""
-    teardown = np.array([r.teardown_ns for r in rounds], dtype=np.float64)
-    refault = np.array([r.refault_ns for r in rounds], dtype=np.float64)
-    refaults = np.array([r.refaults for r in rounds], dtype=np.float64)
+def summarize(rounds: npt.NDArray[np.void], required: int, fill_ns: int, filled: int) -> dict[str, Any]:
+    """The figures of one policy from its rounds (``ROUND_DTYPE``) and from the first fill."""
+    teardown, refault = rounds["teardown_ns"], rounds["refault_ns"]
     p50, p99 = np.percentile(teardown, [50, 99]).tolist()
-    removed, steps = sum(r.removed for r in rounds), sum(r.kernel_steps for r in rounds)
+    removed, steps, owed = (int(rounds[name].sum()) for name in ("removed", "kernel_steps", "owed_tlbis"))
     return {
         "events": len(rounds),
         "fault_ns": fill_ns / filled if filled else None,
         "faults_per_s": filled * 1e9 / fill_ns if fill_ns else None,
         "teardown_ns_per_event": {"p50": p50, "p99": p99, "max": float(teardown.max()), "mean": float(teardown.mean())},
-        "refaults_per_event": float(refaults.mean()),
+        "refaults_per_event": float(rounds["refaults"].mean()),
         "refault_ns_per_event": float(refault.mean()),
         "total_ns_per_event": float(teardown.mean() + refault.mean()),
         "entries_removed": removed,
         "entries_required": required,
         "kernel_steps": steps,
-        "tlbis_per_event": sum(r.owed_tlbis for r in rounds) / len(rounds),
+        "tlbis_per_event": owed / len(rounds),
     }
 
 
