@@ -144,7 +144,8 @@ cdef void give_struct(void *given, size_t size, const void *known, size_t known_
     cdef uint32_t said = <uint32_t>size
     memset(given, 0, size)
     memcpy(given, known, size if size < known_size else known_size)
-    memcpy(given, &said, sizeof(said))
+    if size >= sizeof(said):
+        memcpy(given, &said, sizeof(said))
 
 
 cdef void default_features(s2s_features_t *features) noexcept nogil:

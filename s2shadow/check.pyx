@@ -48,6 +48,7 @@ RULES = (
     "a live leaf is not covered by its context's interval map",
     "a known range of an interval map is not a live leaf",
     "the two directions of an interval map differ",
+    "a live leaf lies beyond its context's input size",
 )
 
 cdef enum:
@@ -77,6 +78,7 @@ cdef enum:
     R_COVERED
     R_KNOWN
     R_DIRECTIONS
+    R_INPUT_SIZE
 
 # What the scan adds up.
 cdef struct totals_t:
@@ -215,6 +217,9 @@ cdef bint check_leaf(vm_t *vm, mem_view_t *view, uint32_t slot, uint64_t desc, i
     cdef uint16_t context = vm.arena.pages[slot >> vm.arena.slot_bits].context
     if (tag == 0) == (vm.contexts[context].config.enabled != 0) or tag >= GUEST_LEVELS:
         return found(finding, R_GUEST_LEVEL, slot, tag, 0)
+    if tag and slot_ipa(&vm.arena, slot) >> vm.contexts[context].config.ia_bits:
+        return found(finding, R_INPUT_SIZE, slot, slot_ipa(&vm.arena, slot),
+                     <uint64_t>1 << vm.contexts[context].config.ia_bits)
     if vm.teardown == TEARDOWN_REVERSE_MAP:
         return True                         # the host half is checked from the lists, which know the cIPA
     if not check_host_half(vm, view, slot, desc, vm.arena.links[slot], level, finding):

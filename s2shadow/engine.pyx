@@ -51,7 +51,7 @@ from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, count_answer, fault_t,
-    forget_guest_path, range_t, read_tag, vcpu_t, vm_t,
+    forget_guest_path, populate_t, range_t, read_tag, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -303,24 +303,35 @@ cdef class _Engine:
         return np.asarray(parts)[:ram_within(map, self.page_size(), start, end, <range_t *>&parts[0, 0])]
 
     def set_populate(self, policy):
+        cdef populate_t kind
+        cdef int level = 0
+        cdef int64_t offset = 0
+        cdef bint fresh = False
         if isinstance(policy, str):
             if policy != "linear":
                 raise ValueError(f"populate must be None, a Linear, a callable or 'linear', got {policy!r}")
             policy = Linear()
-        if policy is None:
-            self.vm.populate = POPULATE_NONE
-        elif isinstance(policy, Linear):
+        kind = POPULATE_NONE
+        if isinstance(policy, Linear):
             if policy.offset % self.page_size():
                 raise ValueError(f"offset {policy.offset:#x} is not aligned to the host page ({self.page_size()})")
-            self.vm.linear_level = self.level_of_block(policy.max_block)
-            self.vm.linear_offset = policy.offset
-            self.vm.linear_fresh = policy.fresh
-            self.vm.populate = POPULATE_LINEAR
+            level = self.level_of_block(policy.max_block)
+            offset = policy.offset
+            fresh = policy.fresh
+            kind = POPULATE_LINEAR
         elif callable(policy):
-            self.vm.populate = POPULATE_CALLABLE
-        else:
+            kind = POPULATE_CALLABLE
+        elif policy is not None:
             raise TypeError(f"populate must be None, a Linear, a callable or 'linear', got {type(policy).__name__}")
         self.policy = policy
+        with nogil:
+            lock_exclusive(&self.vm.lock)       # a fault beside this is served by the one policy or by the other
+            if kind == POPULATE_LINEAR:
+                self.vm.linear_level = level
+                self.vm.linear_offset = offset
+                self.vm.linear_fresh = fresh
+            self.vm.populate = kind
+            unlock_exclusive(&self.vm.lock)
 
     def get_populate(self):
         return self.policy

@@ -17,7 +17,7 @@ from s2shadow.arch cimport (
 from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
-from s2shadow.host cimport grant_write, populate_linear
+from s2shadow.host cimport GRANT_EXCLUSIVE, GRANT_NO_MEMORY, grant_t, grant_write, populate_linear
 from s2shadow.intervals cimport intervals_record
 from s2shadow.leaf cimport drop_below, drop_leaf, evict, find_cipa, shadow_cipa
 from s2shadow.lock cimport lock_exclusive, lock_shared, sched_yield, unlock_exclusive, unlock_shared
@@ -32,7 +32,7 @@ from s2shadow.table cimport (
 from s2shadow.vm cimport (
     FAULT_CHUNK, KIND_HIT, KIND_HOST_FAULT, KIND_L1_FAULT, KIND_MAPPED, KIND_MISS, KIND_MMIO, KIND_NO_MEMORY,
     KIND_RETRY, POPULATE_CALLABLE, POPULATE_NONE, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, combine_memo_t,
-    context_t, fault_t, is_active, read_tag, vcpu_t, vm_t,
+    context_t, fault_t, is_active, overlaps_active, read_tag, vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_remembering, walk_t
 
@@ -232,6 +232,7 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
     cdef host_leaf_t host
     cdef const region_t *region
     cdef uint64_t desc = 0
+    cdef grant_t granted
     cdef uint32_t slot, shadow_slot
     cdef int level = 0, shadow_level = 0, populated
     cdef uint8_t need = required_perm(access)
@@ -290,8 +291,12 @@ cdef step_t fault_step(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bin
         if need & ~host.perm & ~ACCESS_WRITE or not desc & DESC_HOST_W or region.readonly:
             out.kind = KIND_HOST_FAULT
             return STEP_DONE
-        if not grant_write(vm, walked.pa, exclusive):
+        granted = grant_write(vm, walked.pa, exclusive)
+        if granted == GRANT_EXCLUSIVE:
             return STEP_EXCLUSIVE
+        if granted == GRANT_NO_MEMORY:
+            out.kind = KIND_NO_MEMORY
+            return STEP_DONE
     if exclusive:
         shadow_slot = 0                     # tables may have gone since it was found
     return finish_fault(vm, vcpu, ipa, access, exclusive, &walked, &host, slot, shadow_slot, shadow_level, out)
@@ -338,6 +343,9 @@ cdef inline step_t finish_fault(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t ac
         fetch_or64(vm.arena.words + host_slot, DESC_AF)
     combine_remembering(vm, vcpu, walked, host, &leaf)
     block = walked.pa & ~(leaf.size - 1)
+    if vm.active_count and overlaps_active(vm, block, block + leaf.size):
+        out.kind = KIND_RETRY               # what was looked through for leaves like this one must stay so
+        return STEP_DONE
     out.size = leaf.size
     out.perm = leaf.perm
     out.pa = host.pa + (walked.pa & (host.size - 1))

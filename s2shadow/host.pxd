@@ -20,6 +20,12 @@ ctypedef struct change_t:
     uint64_t ticket
     uint64_t work               # leaves visited and host leaves changed in this section
 
+# What came of a write that dirty logging withheld.
+ctypedef enum grant_t:
+    GRANT_DONE
+    GRANT_EXCLUSIVE             # for the exclusive side to do, or to go on with
+    GRANT_NO_MEMORY             # no table for the split of its block, which is gone
+
 cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs, uint64_t max_block,
                    change_t *change) noexcept nogil
 cdef bint host_make_room(vm_t *vm, uint64_t pages) noexcept nogil
@@ -34,7 +40,7 @@ cdef void host_dirty_log(vm_t *vm, const range_t *ranges, uint32_t count, uint64
 cdef void host_age(vm_t *vm, uint64_t start, uint64_t end, bint clear, uint8_t *bitmap) noexcept nogil
 cdef int populate_linear(vm_t *vm, const region_t *region, uint64_t cipa) noexcept nogil
 cdef bint populate_block(vm_t *vm, uint64_t block, uint64_t pa, uint64_t size, const host_attrs_t *attrs) noexcept nogil
-cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil
+cdef grant_t grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil
 cdef bint changed_since(const vm_t *vm, uint64_t seq, uint64_t start, uint64_t end) noexcept nogil
 
 

@@ -539,8 +539,8 @@ cdef void drop_shadows(vm_t *vm, uint64_t start, uint64_t end, change_t *change)
         visit_chunked(vm, &visit, change)
 
 
-cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
-    """Give back the W that dirty logging withheld, on a write fault. False: the exclusive side is needed.
+cdef grant_t grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
+    """Give back the W that dirty logging withheld, on a write fault.
 
     A block with a logged page is split first, so that only the page that is written is marked.
     """
@@ -549,16 +549,14 @@ cdef bint grant_write(vm_t *vm, uint64_t cipa, bint exclusive) noexcept nogil:
     cdef uint64_t span = level_span(vm.arena.granule_bits, level)
     cdef uint64_t block = cipa & ~(span - 1)
     if level < FINAL_LEVEL and dirty_any_logged(&vm.dirty, block, block + span):
-        if not exclusive:
-            return False
-        if not split_down(vm, cipa):
-            return False
+        if not exclusive or not split_down(vm, cipa):
+            return GRANT_EXCLUSIVE
         slot = table_find(&vm.arena, &vm.canonical, cipa, &level)
         if not load64(vm.arena.words + slot) & DESC_VALID:
-            return True                     # the block is gone: the fault finds nothing and starts over
+            return GRANT_NO_MEMORY          # populate would only bring the block again
     mark_dirty(&vm.dirty, cipa)
     fetch_or64(vm.arena.words + slot, DESC_S2AP_W)
-    return True
+    return GRANT_DONE
 
 
 cdef bint narrow_shadows(vm_t *vm, uint64_t start, uint64_t end, uint8_t keep, bint drop_sticking,

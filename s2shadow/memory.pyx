@@ -212,6 +212,7 @@ cdef class _BufferBacking:
 
 cdef class _RetiredMap:
     cdef region_map_t *map
+    cdef list owners                # of the memory that a walk may read through the map
 
     def __dealloc__(self):
         free(self.map)
@@ -262,6 +263,7 @@ cdef class GuestMemory:
             free(map)
             raise
         old.map = self.c.map
+        old.owners = self.owners
         store_pointer(<void **>&self.c.map, map)
         store64(&self.c.epoch, self.c.epoch + 1)
         self.owners = owners

@@ -19,7 +19,7 @@ from s2shadow.memory cimport find_region, find_tables, region_t
 from s2shadow.rmap cimport rmap_head_near, rmap_push
 from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t, page_tag
 from s2shadow.vm cimport (
-    EPOCH_MASK, KIND_MAPPED, LEAF_TABLES, TEARDOWN_REVERSE_MAP, fault_head_t, fault_t, guest_table_t, plain_t,
+    EPOCH, KIND_MAPPED, LEAF_TABLES, STAMP_MASK, TEARDOWN_REVERSE_MAP, fault_head_t, fault_t, guest_table_t, plain_t,
     remembered_page, vcpu_t, vm_t,
 )
 from s2shadow.walker cimport walk_t
@@ -55,7 +55,7 @@ cdef inline const uint64_t *plain_guest(const vcpu_t *vcpu, uint64_t ipa) noexce
     """L1's descriptor, or NULL."""
     cdef const plain_t *plain = &vcpu.plain
     cdef const guest_table_t *table = &plain.guest[ipa >> plain.guest_span & (LEAF_TABLES - 1)]
-    if table.key != (span_start(ipa, plain.guest_span) | plain.epoch & EPOCH_MASK):
+    if table.key != (span_start(ipa, plain.guest_span) | plain.stamp & STAMP_MASK):
         return NULL
     return table.words + (ipa >> plain.guest_shift & vcpu.config.index_mask)
 
@@ -216,7 +216,7 @@ cdef inline void learn_tables(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t
     offset = address - region.start
     if offset < region.size and <uint64_t>1 << vcpu.config.granule_bits <= region.size - offset:
         table.words = <const uint64_t *>(region.host + offset)
-        table.key = span_start(ipa, plain.guest_span) | plain.epoch & EPOCH_MASK
+        table.key = span_start(ipa, plain.guest_span) | plain.stamp & STAMP_MASK
     plain.host[walked.pa >> plain.host_span & (LEAF_TABLES - 1)] = page_of(&vm.arena, host_slot)
     store32(&vm.contexts[vcpu.context].leaf_tables[ipa >> plain.shadow_span & (LEAF_TABLES - 1)],
             page_of(&vm.arena, slot))
@@ -238,6 +238,7 @@ cdef inline void learn_plain(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t 
     cdef plain_t *plain = &vcpu.plain
     cdef uint64_t attributes = vcpu.config.plain_mask | DESC_AF | DESC_CONTIGUOUS | DESC_XN
     cdef uint64_t desc = peek64(vm.arena.words + host_slot)
+    cdef int shift = level_shift(vcpu.config.granule_bits, walked.level), span = shift + vcpu.config.granule_bits - 3
     attributes |= <uint64_t>3 << DESC_S2AP_SHIFT | <uint64_t>3 << DESC_SH_SHIFT | <uint64_t>0xF << DESC_MEMATTR_SHIFT
     if vm.teardown != TEARDOWN_REVERSE_MAP or vcpu.view.output.readonly:
         return
@@ -245,15 +246,18 @@ cdef inline void learn_plain(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, const walk_t 
         return
     if host.level != vm.arena.pages[page_of(&vm.arena, host_slot)].level or vm.arena.oa.high_mask or not desc & DESC_AF:
         return
+    if span > vcpu.config.ia_bits:          # beside a start table that fills no granule L1 may keep anything
+        return
     plain.learnt += 1
+    plain.stamp = plain.stamp & ~<uint64_t>(EPOCH - 1) | <uint64_t>walked.level
     plain.guest_level = walked.level
     plain.host_tag = page_tag(CANONICAL, host.level)
     plain.shadow_tag = page_tag(vcpu.context, leaf.level)
     plain.shadow_level = leaf.level
-    plain.guest_shift = <uint8_t>level_shift(vcpu.config.granule_bits, walked.level)
+    plain.guest_shift = <uint8_t>shift
     plain.host_shift = <uint8_t>level_shift(vm.arena.granule_bits, host.level)
     plain.shadow_shift = <uint8_t>level_shift(vm.arena.granule_bits, leaf.level)
-    plain.guest_span = plain.guest_shift + vcpu.config.granule_bits - 3
+    plain.guest_span = <uint8_t>span
     plain.host_span = plain.host_shift + vm.arena.slot_bits
     plain.shadow_span = plain.shadow_shift + vm.arena.slot_bits
     plain.guest_mask = attributes

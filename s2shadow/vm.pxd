@@ -32,7 +32,8 @@ cdef enum:
     ACTIVE_RANGES = 64          # invalidations that may work in chunks at once
     CHANGES_KEPT = 64           # host changes that a populate in flight can be checked against
     LEAF_TABLES = 8192          # leaf tables of each kind that are remembered: 16 GiB with a 4K granule
-    EPOCH_MASK = 0x1FFFFF       # below the span of any leaf table
+    STAMP_MASK = 0x1FFFFF       # below the span of any leaf table
+    EPOCH = 4                   # in a stamp, above the level
 
 ctypedef enum teardown_t:
     TEARDOWN_REVERSE_MAP
@@ -92,7 +93,7 @@ ctypedef struct combine_memo_t:
     uint64_t host               # 0: nothing is remembered
     combined_t leaf             # its descriptor without an address
 
-# A leaf table of L1's that was walked: the input address that it starts at with the vCPU's epoch in its low bits.
+# A leaf table of L1's that was walked: the input address that it starts at with the vCPU's stamp in its low bits.
 ctypedef struct guest_table_t:
     uint64_t key
     const uint64_t *words
@@ -108,7 +109,7 @@ ctypedef struct fault_head_t:
 
 # What the last fault looked like that was served without ado, and where leaf tables are: plainfault.pxd.
 ctypedef struct plain_t:
-    uint64_t epoch              # raised when L1's tables must be forgotten
+    uint64_t stamp              # an epoch, raised when L1's tables must be forgotten, and the level of its leaf tables
     uint64_t learnt             # raised when what follows is written
     uint64_t guest_mask         # what a descriptor of L1's must say, but for the address,
     uint64_t guest_says
@@ -208,8 +209,8 @@ ctypedef struct vm_t:
 
 cdef inline void forget_guest_path(vcpu_t *vcpu) noexcept nogil:
     vcpu.guest_path.level = vcpu.config.start_level
-    vcpu.plain.epoch += 1
-    if not vcpu.plain.epoch & EPOCH_MASK:   # the oldest would look like new ones
+    vcpu.plain.stamp += EPOCH
+    if not vcpu.plain.stamp & STAMP_MASK & ~(EPOCH - 1):    # the oldest would look like new ones
         memset(vcpu.plain.guest, 0xFF, sizeof(vcpu.plain.guest))
 
 

@@ -8,7 +8,7 @@ import pytest
 import s2shadow
 from beside import beside
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables, flags
-from s2shadow import HIT, HOST_FAULT, MAPPED, PTW, READ, RETRY, WRITE
+from s2shadow import HIT, HOST_FAULT, MAPPED, NO_MEMORY, PTW, READ, RETRY, WRITE
 
 MANY = 10_000  # more leaves than two sections drop or change
 BLOCK = 2 * M
@@ -237,11 +237,59 @@ def test_leaves_go_while_they_are_narrowed():
     assert r.vm.stats.live == 0
 
 
+@pytest.mark.parametrize("aliases", [5119, 6000])
+def test_no_block_comes_back_while_its_page_is_protected(aliases):
+    """A page of a block is taken W from, under so many shadows that others are let in, also just before the end; an
+    access to another page of the block meanwhile must not bring a leaf over all of it."""
+    r = aliased(aliases, vcpus=2, contexts=4)
+    last = (aliases * PAGE // BLOCK + 1) * BLOCK
+    r.tables.map(last, DATA, 2)
+    r.load(1, n=1)
+    elsewhere = np.full(32, last + 16 * PAGE, dtype=np.uint64)
+    with beside(lambda: r.vm.vcpus[1].fault_many(elsewhere, READ), r.vm.check):
+        for n in range(40):
+            r.vm.host.map(DATA, HOST + DATA + (n % 2) * G, BLOCK)
+            r.vcpu.fault_many(r.touch, READ)
+            r.vm.host.protect(DATA, DATA + PAGE, "r")
+            assert (r.shadow()["size"] == PAGE).all()
+    r.vm.check()
+
+
 # Bytes
 
 
 def assert_bounded(r, limit):
     assert r.vm.stats.memory_bytes <= limit
+
+
+@pytest.mark.parametrize("populate", ["linear", "callable", "none"])
+def test_writes_to_logged_blocks_without_room(populate):
+    """A write to a logged block splits it. Where no table can be had for that the block goes, and the fault ends: it
+    does not map the block again and again."""
+    with pytest.raises(ValueError, match="at least") as least:
+        s2shadow.NestedVM(s2shadow.GuestMemory(), contexts=1, max_table_bytes=1)
+    limit = int(str(least.value).partition("at least ")[2].split()[0])
+    r = Rig(host=False, contexts=1, max_table_bytes=limit)
+    blocks = range(RAM, RAM + RAM_SIZE, BLOCK)
+    asked = []
+
+    def block_at(cipa, access):
+        asked.append(cipa)
+        return s2shadow.HostMapping(HOST + cipa & -BLOCK, BLOCK)
+    if populate == "none":
+        for at in blocks:
+            r.vm.host.map(at, HOST + at, BLOCK)
+    else:
+        r.vm.host.populate = s2shadow.Linear(HOST) if populate == "linear" else block_at
+    r.load(hcr=0)                           # stage 2 off: L2's addresses are L1's
+    r.vm.log_dirty(RAM, RAM + RAM_SIZE)
+    kinds = r.vcpu.fault_many(np.array(blocks, dtype=np.uint64), WRITE)["kind"].tolist()
+    assert set(kinds) == {MAPPED, NO_MEMORY}
+    assert len(asked) <= len(blocks)
+    assert_bounded(r, limit)
+    r.vm.check()
+    dirty = flags(r.vm.dirty_log(RAM, RAM + RAM_SIZE), RAM_SIZE // PAGE)[:: BLOCK // PAGE]
+    assert all(dirty[n] for n, kind in enumerate(kinds) if kind == MAPPED)
 
 
 @pytest.mark.parametrize("teardown", ["reverse-map", "interval-map", "blow-away", "blow-away-lean"])

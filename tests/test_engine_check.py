@@ -3,7 +3,7 @@
 import pytest
 
 import s2shadow
-from rig import DATA, PAGE, M, Rig
+from rig import DATA, PAGE, RAM, M, Rig
 from s2shadow import READ, WRITE
 
 W, PRIVILEGED, UNPRIVILEGED = 1 << 7, 1 << 53, 1 << 54
@@ -67,6 +67,16 @@ def test_vanished_leaf(r, index):
 def test_wrong_guest_level(r, bit):
     """A leaf that claims another level of L1's."""
     assert "level" in broken(r, 0, 0, 1 << bit)
+
+
+def test_beyond_the_input_size():
+    """A leaf in the part of a shadow's root that its context's addresses do not reach."""
+    r = Rig()
+    table = RAM + M
+    r.mem.write64(table, DATA | 0x7FD)
+    r.vcpu.load(1 << 48 | table, 64 - 25 | 5 << 16, hcr=s2shadow.HCR_VM)
+    assert r.fault(0, WRITE).size == 2 * M
+    assert "input size" in broken(r, 1, 1 << 25, int(r.shadow(1)["desc"][0]))
 
 
 def test_fewer_permissions_are_fine(r):

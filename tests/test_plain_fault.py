@@ -11,7 +11,7 @@ from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN,
 from s2shadow import EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
 
 PROBE = 100 * PAGE
-WRAPS = 1 << 21  # forgettings after which a vCPU's short mark of them is the same again
+WRAPS = 1 << 19  # forgettings after which a vCPU's short mark of them is the same again
 
 
 def known(**options):
@@ -137,6 +137,49 @@ def test_after_as_many_tlbis_as_marks():
     for _ in range(8):
         r.vm.tlbi_many(tlbis)
     assert answer(r).cipa == DATA + 9 * M
+
+
+def test_a_table_of_another_level_at_the_same_address():
+    """L1's table for [0, 1 GiB) was walked to a block, then one of its pages: a descriptor of a table that says in the
+    bits that hardware ignores what leaves say is a table."""
+    r = Rig()
+    attributes = r.tables.leaf(DATA, 3) & 0x7FC
+    r.tables.map(2 * M, DATA + 2 * M, 2)
+    for megabytes in (0, 4, 6):
+        r.tables.map(megabytes * M, DATA, 3)
+        slot = r.tables.slot(megabytes * M, 2)
+        r.tables.set(slot, r.mem.read64(slot) | attributes)
+    for ipa in (2 * M, 4 * M, 0, 3 * PAGE):
+        f = answer(r, ipa=ipa)
+        assert (f.kind, f.fsc) == ((L1_FAULT, 0x07) if ipa == 3 * PAGE else (MAPPED, 0))
+    assert answer(r, WRITE).kind == L1_FAULT
+
+
+@pytest.mark.parametrize(
+    ("granule", "bits", "sl0", "shift"), [(4 * K, 25, 0, 21), (4 * K, 32, 1, 30), (64 * K, 25, 0, 16)]
+)
+@pytest.mark.parametrize("batch", [False, True])
+def test_beyond_the_input_size(granule, bits, sl0, shift, batch):
+    """The start table ends before its page does: what L1 keeps behind it, leaves of another table, is none of it."""
+    r = Rig(features=s2shadow.Features(host_granule=granule), host=False)
+    r.vm.host.populate = s2shadow.Linear(HOST, max_block=1 << 30)
+    leaf = 3 if granule == 64 * K else 1
+    vtcr = (64 - bits) | sl0 << 6 | (granule == 64 * K) << 14 | 5 << 16
+    table = RAM + M
+    for n in range(min(granule // 8, 2 << bits - shift)):
+        r.mem.write64(table + 8 * n, RAM & -(1 << shift) | (n % 2) << shift | AF | 0xFC | leaf)
+    r.vcpu.load(1 << 48 | table, vtcr, hcr=s2shadow.HCR_VM)
+    within = [n << shift for n in range(4)]
+    beyond = [(1 << bits) + (n << shift) for n in range(1, 4)]
+    if batch:
+        got = r.vcpu.fault_many(np.array(within + beyond, dtype=np.uint64), READ)["kind"].tolist()
+        got += r.vcpu.fault_many(np.array(beyond, dtype=np.uint64), READ)["kind"].tolist()
+    else:
+        got = [r.fault(ipa).kind for ipa in within + beyond + beyond]
+    r.vm.check()
+    assert all(kind in (MAPPED, MMIO) for kind in got[:4]) and MAPPED in got[:4]
+    assert set(got[4:]) == {L1_FAULT}
+    assert all(r.vcpu.translate(ipa).kind == s2shadow.MISS for ipa in beyond)
 
 
 def test_contexts_in_turn():
