@@ -601,7 +601,7 @@ cdef class _Engine:
                     break
                 row = <shadow_t *>&raw[0] + n
                 self.describe(slot, level, at, row)
-                row.cipa = find_cipa(&self.vm, slot)
+                find_cipa(&self.vm, slot, True, &row.cipa)
                 at += row.size
                 n += 1
             return out[:n]
@@ -1084,9 +1084,10 @@ cdef class VCPU:
         return 0
 
     def translate(self, ipa, access=Access.READ):
-        """What the hardware would find in the shadow -> ``Fault`` of kind HIT or MISS. Changes nothing.
+        """What the hardware would find in the shadow -> ``Fault`` of kind HIT or MISS.
 
-        An entry with AF clear, or without the permission, is a MISS.
+        An entry with AF clear, or without the permission, is a MISS. Changes nothing, but for this: a leaf that stands
+        behind more than 4,096 others of its page, where memory for markers is refused, goes and is a MISS.
         """
         cdef Fault result = Fault.__new__(Fault)
         cdef uint64_t address = as_u64(ipa, "ipa")

@@ -36,6 +36,9 @@ from s2shadow.vm cimport (
 )
 from s2shadow.walker cimport walk_remembering, walk_t
 
+cdef enum:
+    MOST_SECTIONS = 1 << 16     # of one fault: 2^26 leaves that stand in its way
+
 # How far an attempt to install a leaf got.
 ctypedef enum install_t:
     INSTALL_DONE
@@ -89,10 +92,17 @@ cdef inline bint block_of(vm_t *vm, uint32_t slot, bint exclusive, uint64_t *blo
     """cIPA of a leaf's block; False if only the exclusive side can tell."""
     if shadow_cipa(vm, slot, block):
         return True
-    if not exclusive:
-        return False
-    block[0] = find_cipa(vm, slot)
-    return True
+    return exclusive and find_cipa(vm, slot, False, block)
+
+
+cdef void find_block(vm_t *vm, vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
+    """Make the block of the leaf at ``ipa`` known (exclusive side). Where there are too many aliases and no room for
+    markers the leaf goes: a shadow is a cache, and what comes back stands at the front of its list."""
+    cdef uint64_t desc = 0, block = 0
+    cdef int level = 0
+    cdef uint32_t slot = shadow_entry(vm, vcpu, ipa, &desc, &level)
+    if desc & DESC_VALID and not find_cipa(vm, slot, False, &block):
+        drop_leaf(vm, slot)
 
 
 cdef inline step_t translate_at(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, uint32_t slot, int level,
@@ -114,7 +124,7 @@ cdef inline step_t translate_at(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t ac
 
 cdef inline step_t translate_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, bint exclusive,
                                  fault_t *out) noexcept nogil:
-    """What the hardware would find in the shadow now: HIT or MISS. Changes nothing that can be seen."""
+    """What the hardware would find in the shadow now: HIT or MISS."""
     cdef uint64_t desc = 0
     cdef int level = 0
     cdef uint32_t slot = shadow_entry(vm, vcpu, ipa, &desc, &level)
@@ -156,7 +166,10 @@ cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint
         unlock_shared(vcpu.reader)
         if step == STEP_EXCLUSIVE:
             lock_exclusive(&vm.lock)
+            owed_begin(&vm.owed)
+            find_block(vm, vcpu, ipas[at])
             translate_one(vm, vcpu, ipas[at], masks[at * stride], True, out + at)
+            owed_end(&vm.owed)
             unlock_exclusive(&vm.lock)
             at += 1
 
@@ -426,8 +439,7 @@ cdef inline install_t fill_slot(vm_t *vm, vcpu_t *vcpu, uint32_t slot, uint32_t 
     elif not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
         return INSTALL_AGAIN
     if vm.teardown == TEARDOWN_REVERSE_MAP:
-        head = rmap_head_near(&vm.rmap, &vm.arena.pages[page_of(&vm.arena, host_slot)], host_slot, block, leaf.level,
-                              vm.arena.alone)
+        head = rmap_head_near(&vm.rmap, &vm.arena.pages[page_of(&vm.arena, host_slot)], host_slot, block, leaf.level)
         if not head:
             store64(vm.arena.words + slot, 0)
             return INSTALL_NO_MEMORY
@@ -485,16 +497,23 @@ cdef void tidy_tables(vm_t *vm, vcpu_t *vcpu, uint64_t ipa) noexcept nogil:
 cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, fault_t *out) noexcept nogil:
     """The whole fault again on the exclusive side. First what the shared attempt may have left goes: it made tables and
     nodes and then found no memory, and L1's table may say something else by now. Once more, and with others let in
-    between, while there are leaves in its way: each section drops as many as one should."""
+    between, while there are leaves in its way: each section drops as many as one should. Others may put leaves there
+    meanwhile, so that this must have an end."""
     cdef step_t step = STEP_EXCLUSIVE
+    cdef int sections = 0
     while step == STEP_EXCLUSIVE:
+        sections += 1
         lock_exclusive(&vm.lock)
         owed_begin(&vm.owed)
         tidy_tables(vm, vcpu, ipa)
         if vm.teardown == TEARDOWN_REVERSE_MAP and not out.cipa >> vm.canonical.ia_bits:
             rmap_tidy(&vm.rmap, out.cipa)
+        find_block(vm, vcpu, ipa)
         step = fault_step(vm, vcpu, ipa, access, True, out)
         owed_end(&vm.owed)
+        if step == STEP_EXCLUSIVE and sections == MOST_SECTIONS:
+            out.kind = KIND_RETRY
+            step = STEP_DONE
         if step == STEP_DONE:
             vcpu.kinds[out.kind] += 1
         unlock_exclusive(&vm.lock)

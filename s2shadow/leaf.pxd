@@ -56,7 +56,7 @@ cdef void drop_tables(vm_t *vm, context_t *context) noexcept nogil
 cdef uint64_t drop_everything(vm_t *vm) noexcept nogil
 cdef void mark_young(uint8_t *bitmap, int page_bits, uint64_t origin, uint64_t start, uint64_t end) noexcept nogil
 cdef bint shadow_cipa(const vm_t *vm, uint32_t slot, uint64_t *cipa) noexcept nogil
-cdef uint64_t find_cipa(vm_t *vm, uint32_t slot) noexcept nogil
+cdef bint find_cipa(vm_t *vm, uint32_t slot, bint however_far, uint64_t *cipa) noexcept nogil
 cdef bint evict(vm_t *vm, uint32_t keep_context, uint64_t keep_ipa) noexcept nogil
 
 

@@ -14,8 +14,8 @@ from s2shadow.intervals cimport (
 from s2shadow.owed cimport owe_context, owe_leaf
 from s2shadow.pageset cimport pageset_next
 from s2shadow.rmap cimport (
-    HEAD_TAG, give_marker, head_cipa, head_emptied, is_marker, known_head, leaf_cipa, link_next, link_prev, node_t,
-    pin_node, rmap_is_empty, rmap_mark, rmap_next_list, rmap_unlink, unpin_node,
+    HEAD_TAG, give_marker, head_cipa, head_emptied, is_marker, leaf_cipa, link_next, link_prev, node_t, pin_node,
+    rmap_is_empty, rmap_mark, rmap_next_list, rmap_unlink, unpin_node,
 )
 from s2shadow.table cimport (
     CANONICAL, GUEST_LEVELS, arena_t, child_page, drop_page_whole, is_table, leaves_removed, page_of, page_t,
@@ -49,18 +49,16 @@ cdef bint shadow_cipa(const vm_t *vm, uint32_t slot, uint64_t *cipa) noexcept no
     return True
 
 
-cdef uint64_t find_cipa(vm_t *vm, uint32_t slot) noexcept nogil:
-    """cIPA of a shadow leaf's block, however long its list (exclusive side)."""
-    cdef uint64_t cipa = 0
-    cdef uint32_t head = 0
-    if shadow_cipa(vm, slot, &cipa):
-        return cipa
-    if rmap_mark(&vm.rmap, slot) and shadow_cipa(vm, slot, &cipa):
-        return cipa
-    while not head:                         # no memory for markers: climb all the way
-        slot = load32(link_prev(&vm.arena, slot))
-        head = known_head(&vm.rmap, slot)
-    return head_cipa(&vm.rmap, head)
+cdef bint find_cipa(vm_t *vm, uint32_t slot, bint however_far, uint64_t *cipa) noexcept nogil:
+    """The same with markers put in (exclusive side); False, unless ``however_far``, if the leaf stands deep in its list
+    and there is no room for them."""
+    cdef uint32_t head
+    if shadow_cipa(vm, slot, cipa):
+        return True
+    head = rmap_mark(&vm.rmap, slot, however_far)
+    if head:
+        cipa[0] = head_cipa(&vm.rmap, head)
+    return head != 0
 
 
 cdef inline int leaf_level(const vm_t *vm, uint32_t slot) noexcept nogil:
@@ -287,12 +285,13 @@ cdef bint visit_list_from(vm_t *vm, uint32_t head, visit_t *visit, cursor_t *cur
 
 
 cdef bint stands_in_list(vm_t *vm, uint32_t slot, int level, uint64_t cipa) noexcept nogil:
-    """Whether a name that was a leaf of this list still is one."""
+    """Whether a name that was a leaf of this list is known to be one still."""
     cdef const page_t *page = &vm.arena.pages[page_of(&vm.arena, slot)]
+    cdef uint64_t stands_at = 0
     cdef uint64_t desc = load64(vm.arena.words + slot)
     if page.level != level or page.context == CANONICAL or not desc & DESC_VALID or is_table(desc, level):
         return False
-    return find_cipa(vm, slot) == cipa
+    return find_cipa(vm, slot, False, &stands_at) and stands_at == cipa
 
 
 cdef bint visit_intervals(vm_t *vm, visit_t *visit) noexcept nogil:
@@ -370,6 +369,7 @@ cdef bint drop_run(vm_t *vm, uint32_t page, uint64_t first, uint64_t last, visit
             continue
         if dropped == visit.budget:
             complete = False
+            visit.start = meta.ipa + (i << page_bits)
             last = i - 1
             break
         if visit.guest_granule_bits:
@@ -423,6 +423,8 @@ cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
             complete = visit_page(vm, child_page(&vm.arena, desc), visit)
         elif visit.tags >> read_tag(desc) & 1:
             complete = visit_leaf(vm, slot, visit, block)
+            if not complete:
+                visit.start = meta.ipa + (i << shift)
         if not complete:
             break
     release_page(vm, page)
@@ -430,7 +432,8 @@ cdef bint visit_page(vm_t *vm, uint32_t page, visit_t *visit) noexcept nogil:
 
 
 cdef bint visit_context(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil:
-    """Every leaf of a context that overlaps [start, end) of its IPA; False when the budget is spent."""
+    """Every leaf of a context that overlaps [start, end) of its IPA; False when the budget is spent, and then ``start``
+    is where to go on."""
     cdef uint32_t i
     for i in range(<uint32_t>1 << context.shadow.concatenated_bits):
         if not visit_page(vm, context.shadow.root + i, visit):

@@ -18,8 +18,8 @@ from s2shadow.intervals cimport intervals_lose, intervals_reset
 from s2shadow.leaf cimport OP_DROP, clear_leaf_at, drop_leaf, is_empty, visit_context, visit_init, visit_t
 from s2shadow.lock cimport breathe, lock_exclusive, unlock_exclusive
 from s2shadow.owed cimport (
-    CANONICAL_VMID, FIRST_CONTEXT_VMID, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context, owe_stage1,
-    owed_begin, owed_end,
+    CANONICAL_VMID, FIRST_CONTEXT_VMID, LEVEL_ANY, TLBI_ASID, TLBI_VA, TLBI_VAA, TLBI_VMALL, owe_context,
+    owe_stage1, owed_begin, owed_end,
 )
 from s2shadow.rmap cimport rmap_unlink
 from s2shadow.table cimport child_page, held_tags, is_table, lowest_bit, page_t, page_tag, table_find
@@ -28,8 +28,8 @@ from s2shadow.tlbi cimport (
     tlbi_decode, tlbi_no_operand, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
-    DROP_CHUNK, TEARDOWN_REVERSE_MAP, context_t, forget_guest_path, kernel_steps_per_context, read_tag,
-    remembered_page, tlbi_counts_t, vcpu_t,
+    DROP_CHUNK, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, forget_guest_path, kernel_steps_per_context,
+    read_tag, remembered_page, tlbi_counts_t, vcpu_t,
 )
 
 cdef enum:
@@ -40,14 +40,17 @@ cdef enum:
 
 cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil:
     """Drop what a visit names, letting go of the lock between chunks; False if the context got another owner, whose
-    leaves the operation does not name."""
-    cdef uint64_t generation = context.generation
+    leaves the operation does not name. No address is passed twice: what others put in behind was walked after the
+    operation began, and an L1 that goes on faulting must not keep it from ending."""
+    cdef uint64_t generation = context.generation, start = visit.start
     visit.budget = DROP_CHUNK
     while not visit_context(vm, context, visit):
         breathe(&vm.lock)
         if context.generation != generation or not context.valid:
             return False
         visit.budget = DROP_CHUNK
+        if vm.teardown == TEARDOWN_INTERVAL_MAP:
+            visit.start = start             # the whole context's map is forgotten at the end: it must be empty
     return True
 
 
@@ -261,8 +264,13 @@ cdef void apply_stage2(vm_t *vm, const tlbi_t *tlbi, const tlbi_t *exact, const 
 
 
 cdef void owe_one_stage1(vm_t *vm, const tlbi_t *tlbi, uint32_t host_vmid, bint has_asid) noexcept nogil:
-    """Pass an operation on. Without an ASID in the regime (EL2 with E2H=0, where the field is RES0) any will do."""
+    """Pass an operation on. Without an ASID in the regime (EL2 with E2H=0, where the field is RES0) any will do. In
+    what units the base of a range of small pages is, TCR_ELx.DS says, which is not known here: where it may be 1, all
+    goes."""
     cdef int op = TLBI_VMALL
+    if tlbi.op.is_range and vm.features.lpa2 and tlbi.granule_bits < 16:
+        owe_stage1(&vm.owed, TLBI_VMALL, host_vmid, 0, 0, LEVEL_ANY, 0, False)
+        return
     if tlbi.op.scope == SCOPE_VA and not has_asid:
         owe_stage1(&vm.owed, TLBI_VAA, host_vmid, tlbi.start, tlbi.end, tlbi.level, 0, tlbi.op.last_level)
         return

@@ -16,7 +16,7 @@ from s2shadow.atomics cimport cas64, load64, peek8, peek32, peek64, prefetch, pr
 from s2shadow.combine cimport combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged
 from s2shadow.memory cimport find_region, find_tables, region_t
-from s2shadow.rmap cimport rmap_head_near, rmap_push
+from s2shadow.rmap cimport rmap_head_known, rmap_push
 from s2shadow.table cimport CANONICAL, DESC_LOCKED, is_page_of, leaf_added, page_of, page_t, page_tag
 from s2shadow.vm cimport (
     EPOCH, KIND_MAPPED, LEAF_TABLES, STAMP_MASK, TEARDOWN_REVERSE_MAP, fault_head_t, fault_t, guest_table_t, plain_t,
@@ -105,7 +105,7 @@ cdef inline bint put_leaf(vm_t *vm, const plain_t *plain, uint64_t cipa, uint32_
     cdef uint32_t head
     if not alone and not cas64(vm.arena.words + slot, &seen, DESC_LOCKED):
         return False
-    head = rmap_head_near(&vm.rmap, host, host_slot, cipa, plain.shadow_level, alone)
+    head = rmap_head_known(&vm.rmap, host, host_slot, cipa, plain.shadow_level)
     if not head:
         store64(vm.arena.words + slot, 0)
         return False

@@ -14,6 +14,7 @@ from s2shadow.table cimport arena_t, page_t, pthread_mutex_t
 cdef enum:
     HEAD_TAG = 0x80000000u
     CHAIN_LIMIT = 64            # how far a leaf's head is looked for before markers are put in
+    CLIMB_LIMIT = 4096          # and how far where there is no room for them
     MARKER_SPACING = 32
     MARKER_BYTES = 12           # two links and the head
     NODE_FREE = -9              # level of a node that is not in use
@@ -48,7 +49,7 @@ cdef void unlink_after_leaf(rmap_t *rmap, uint32_t slot) noexcept nogil
 cdef void give_marker(rmap_t *rmap, uint32_t marker) noexcept nogil
 cdef void node_less(rmap_t *rmap, uint32_t node) noexcept nogil
 cdef uint32_t rmap_next_list(const rmap_t *rmap, int level, uint64_t *cipa, uint64_t end) noexcept nogil
-cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil
+cdef uint32_t rmap_mark(rmap_t *rmap, uint32_t slot, bint however_far) noexcept nogil
 cdef void rmap_tidy(rmap_t *rmap, uint64_t cipa) noexcept nogil
 cdef void pin_node(rmap_t *rmap, uint32_t node) noexcept nogil
 cdef void unpin_node(rmap_t *rmap, uint32_t node) noexcept nogil
@@ -101,27 +102,38 @@ cdef inline uint64_t node_key(uint64_t cipa, int level) noexcept nogil:
     return cipa | <uint64_t>(level + 2)
 
 
-cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_slot, uint64_t cipa,
-                                    int level, bint alone) noexcept nogil:
-    """``rmap_ensure`` for a leaf under the host leaf in ``host_slot`` of canonical table ``page``, which remembers the
-    node of its own block; a node that went meanwhile does not answer to that block."""
+cdef inline uint32_t rmap_head_known(const rmap_t *rmap, const page_t *page, uint32_t host_slot, uint64_t cipa,
+                                     int level) noexcept nogil:
+    """Name of the head for a leaf under the host leaf in ``host_slot`` of canonical table ``page``, which remembers the
+    node of its own block; 0 where it does not, or there is no node for the leaf. A node that went meanwhile does not
+    answer to that block."""
     cdef uint32_t node = load32(&page.node), name, mask = rmap.arena.slot_mask
     cdef int at = page.level
     if load64(&rmap.nodes[node].key) != node_key(page.ipa, at):
-        name = rmap_ensure(rmap, cipa, at)
-        if not name:
-            return 0
-        node = name >> rmap.arena.slot_bits
-        store32(&page.node, node)
+        return 0
     name = node << rmap.arena.slot_bits | (host_slot & mask)
     while at < level:
         node = load32(rmap.children + name)
         if not node:
-            return rmap_ensure(rmap, cipa, level)
+            return 0
         at += 1
         name = node << rmap.arena.slot_bits
         name |= <uint32_t>(cipa >> level_shift(rmap.arena.granule_bits, at)) & mask
     return name
+
+
+cdef inline uint32_t rmap_head_near(rmap_t *rmap, page_t *page, uint32_t host_slot, uint64_t cipa,
+                                    int level) noexcept nogil:
+    """The same where nodes are made on the way: 0 if there is no room. What was made for a fault that fails must be
+    tidied by the exclusive side."""
+    cdef uint32_t name = rmap_head_known(rmap, page, host_slot, cipa, level)
+    if name:
+        return name
+    name = rmap_ensure(rmap, cipa, page.level)
+    if not name:
+        return 0
+    store32(&page.node, name >> rmap.arena.slot_bits)
+    return rmap_ensure(rmap, cipa, level) if page.level < level else name
 
 
 cdef inline uint32_t rmap_find(const rmap_t *rmap, uint64_t cipa, int level) noexcept nogil:

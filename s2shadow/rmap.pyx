@@ -184,24 +184,37 @@ cdef void give_marker(rmap_t *rmap, uint32_t marker) noexcept nogil:
     arena_refund(rmap.arena, &rmap.arena.rmap_bytes, MARKER_BYTES)
 
 
-cdef bint rmap_mark(rmap_t *rmap, uint32_t slot) noexcept nogil:
-    """Put markers between ``slot`` and the nearest leaf that knows its head, so that climbs from there are short
-    (exclusive side). Each stretch of a list is marked once, so this costs O(1) for each leaf ever pushed. False when
-    there is no memory for one."""
+cdef bint room_for_markers(rmap_t *rmap, uint64_t count) noexcept nogil:
+    if refused() or not arena_charge(rmap.arena, &rmap.arena.rmap_bytes, count * MARKER_BYTES):
+        return False
+    arena_refund(rmap.arena, &rmap.arena.rmap_bytes, count * MARKER_BYTES)
+    return True
+
+
+cdef uint32_t rmap_mark(rmap_t *rmap, uint32_t slot, bint however_far) noexcept nogil:
+    """The head of the list that ``slot`` stands in (exclusive side). Markers are put between ``slot`` and the nearest
+    leaf that knows its head, so that climbs from there are short: each stretch of a list is marked once, so this costs
+    O(1) for each leaf ever pushed. Where they find no room each climb would be as long as the last: 0, unless
+    ``however_far``, if it is longer than ``CLIMB_LIMIT``."""
     cdef uint32_t at = slot, head = 0, marker, prev
-    cdef uint32_t steps = 0
+    cdef uint64_t steps = 0
     while not head:
+        if steps and not however_far and steps % CLIMB_LIMIT == 0:
+            if not room_for_markers(rmap, (steps + CLIMB_LIMIT) / MARKER_SPACING):
+                return 0
         at = load32(link_prev(rmap.arena, at))
         head = known_head(rmap, at)
+        steps += 1
     at = slot
+    steps = 0
     while True:
         prev = load32(link_prev(rmap.arena, at))
         if known_head(rmap, prev):
-            return True
+            return head
         if steps % MARKER_SPACING == 0:
             marker = take_marker(rmap, head)
             if not marker:
-                return False
+                return head
             store32(link_prev(rmap.arena, marker), prev)
             store32(link_next(rmap.arena, marker), at)
             store32(link_next(rmap.arena, prev), marker)

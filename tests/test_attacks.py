@@ -8,7 +8,8 @@ import pytest
 import s2shadow
 from beside import beside
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables, flags
-from s2shadow import HIT, HOST_FAULT, MAPPED, NO_MEMORY, PTW, READ, RETRY, WRITE
+from s2shadow import HIT, HOST_FAULT, MAPPED, MISS, NO_MEMORY, PTW, READ, RETRY, WRITE
+from s2shadow.vmem import refuse
 
 MANY = 10_000  # more leaves than two sections drop or change
 BLOCK = 2 * M
@@ -240,7 +241,8 @@ def test_leaves_go_while_they_are_narrowed():
 @pytest.mark.parametrize("aliases", [5119, 6000])
 def test_no_block_comes_back_while_its_page_is_protected(aliases):
     """A page of a block is taken W from, under so many shadows that others are let in, also just before the end; an
-    access to another page of the block meanwhile must not bring a leaf over all of it."""
+    access to another page of the block meanwhile must not bring a leaf over all of it. So what goes is the one block
+    leaf that was there before, if it was."""
     r = aliased(aliases, vcpus=2, contexts=4)
     last = (aliases * PAGE // BLOCK + 1) * BLOCK
     r.tables.map(last, DATA, 2)
@@ -250,8 +252,71 @@ def test_no_block_comes_back_while_its_page_is_protected(aliases):
         for n in range(40):
             r.vm.host.map(DATA, HOST + DATA + (n % 2) * G, BLOCK)
             r.vcpu.fault_many(r.touch, READ)
-            r.vm.host.protect(DATA, DATA + PAGE, "r")
+            assert r.vm.host.protect(DATA, DATA + PAGE, "r").leaves <= 1
             assert (r.shadow()["size"] == PAGE).all()
+    r.vm.check()
+
+
+def test_a_tlbi_ends_while_others_fault():
+    """Other vCPUs of the same L1 fault in again what a TLBI drops: it passes each address once, and ends."""
+    pages, others = 8_000, 3
+    r = Rig(vcpus=1 + others, contexts=4)
+    r.tables.next = RAM + 8 * M
+    r.tables.map_range(0, DATA, pages * PAGE)
+    touch = np.arange(pages, dtype=np.uint64) * PAGE
+    for n in range(1, 1 + others):
+        r.load(1, n=n)
+    with beside(*(lambda vcpu=r.vm.vcpus[n]: vcpu.fault_many(touch, READ) for n in range(1, 1 + others))):
+        for _ in range(8):
+            r.vcpu.fault_many(touch, READ)
+            for op in ("VMALLS12E1IS", "ALLE1"):
+                assert r.vcpu.tlbi(op).removed <= pages
+    r.vm.check()
+
+
+def test_unmapped_meanwhile():
+    """Accesses to what a long unmap has in hand, where nothing was mapped either: RETRY until it is done, then populate
+    is asked; never that nothing can be mapped."""
+    r = Rig(vcpus=2, contexts=4, host=False)
+    r.vm.host.populate = s2shadow.Linear(HOST, max_block=PAGE)
+    r.tables.next = RAM + 8 * M
+    for n in range(MANY):
+        r.tables.map(n * PAGE, DATA)
+    r.tables.map(MANY * PAGE, DATA + PAGE)
+    r.load(1, n=1)
+    elsewhere = np.full(32, MANY * PAGE, dtype=np.uint64)
+    seen = set()
+
+    def beside_it():
+        seen.update(r.vm.vcpus[1].fault_many(elsewhere, READ)["kind"].tolist())
+    with beside(beside_it):
+        for n in range(3_000):
+            r.vcpu.fault_many(TOGETHER * PAGE, READ)
+            r.vm.unmap(DATA + PAGE, DATA + 2 * PAGE)
+            r.vm.unmap(DATA, DATA + 2 * PAGE)
+            if n >= 30 and RETRY in seen:
+                break
+    assert {MAPPED, RETRY} <= seen <= {MAPPED, RETRY, HIT}
+    r.vm.check()
+
+
+def test_aliases_without_room_for_markers():
+    """A leaf deep in a list that cannot be marked goes, and what comes back stands at the front: no search of all that
+    stand before it, however often."""
+    count = 3 * MANY
+    r = aliased(count)
+    last = (count - 1) * PAGE
+    r.vm.unmap(DATA + PAGE, DATA + 2 * PAGE)        # the host's block is split already
+    refuse(1, 1 << 40)                      # no memory for anything from now on
+    try:
+        assert r.vcpu.translate(0, READ).kind == MISS
+        assert [r.vcpu.fault(ipa, READ).kind for ipa in (0, 0, PAGE, PAGE, last)] == [MAPPED, HIT, MAPPED, HIT, HIT]
+        assert r.vcpu.translate(last, READ).kind == HIT and r.vm.stats.live == count
+        r.vm.check()
+        # where a pause was cannot be found again: dropping is always right
+        assert r.vm.host.protect(DATA, DATA + PAGE, "r").leaves == count and r.vm.stats.live == 0
+    finally:
+        refuse(0)
     r.vm.check()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import s2shadow
-from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, K, M, Rig, single, span
+from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, K, M, Rig, Tables, single, span
 from s2shadow import EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
 
 PROBE = 100 * PAGE
@@ -180,6 +180,41 @@ def test_beyond_the_input_size(granule, bits, sl0, shift, batch):
     assert all(kind in (MAPPED, MMIO) for kind in got[:4]) and MAPPED in got[:4]
     assert set(got[4:]) == {L1_FAULT}
     assert all(r.vcpu.translate(ipa).kind == s2shadow.MISS for ipa in beyond)
+
+
+@pytest.mark.parametrize("nodes", range(0, 24, 3))
+def test_no_node_is_left_behind(nodes):
+    """L1's table that was remembered is not in use any more, without a TLBI: what it says is looked at, finds no room
+    for a node of the reverse map, and the long way maps another page."""
+    with pytest.raises(ValueError, match="at least") as least:
+        s2shadow.NestedVM(s2shadow.GuestMemory(), contexts=1, max_table_bytes=1)
+    least = int(str(least.value).partition("at least ")[2].split()[0])
+    for bound in range(least, least + 2080, 520):
+        mem = s2shadow.GuestMemory()
+        mem.add(RAM, 8 * G)
+        vm = s2shadow.NestedVM(mem, contexts=1, max_table_bytes=bound)
+        tables = Tables(mem.read64, mem.write64, RAM)
+        near, far = 2 * G + 16 * M, 5 * G
+        for block in range(8):
+            if RAM + block * G <= far:
+                vm.host.map((RAM & -G) + block * G, HOST + block * G, G)
+        vcpu = vm.vcpus[0]
+        vcpu.load(tables.vttbr(1), tables.vtcr)
+        tables.map(0, near)
+        tables.map(PAGE, far)
+        tables.map(64 * M, near)
+        tables.map(64 * M + PAGE, near + PAGE)
+        other = tables.new_table()
+        tables.set(other, tables.leaf(near, 3))
+        tables.set(other + 8, tables.leaf(near + 2 * PAGE, 3))
+        kinds = [vcpu.fault_many(np.array([64 * M, 0], dtype=np.uint64), READ)["kind"].tolist()]
+        for n in range(nodes):
+            tables.map((n + 2) * PAGE, near + (n + 1) * 2 * M)
+            kinds.append(vcpu.fault_many(np.array([(n + 2) * PAGE], dtype=np.uint64), READ)["kind"].tolist())
+        vcpu.fault_many(np.array([64 * M + PAGE], dtype=np.uint64), READ)
+        tables.set(tables.slot(0, 2), other | 3)
+        vcpu.fault_many(np.array([PAGE], dtype=np.uint64), READ)
+        vm.check()
 
 
 def test_contexts_in_turn():

@@ -368,9 +368,9 @@ STAGE1_ROWS = [  # operation, operand -> op, start, end, ASID or None
 ]
 
 
-def two_contexts_of_vmid_1():
+def two_contexts_of_vmid_1(**options):
     """VMID 1 with stage 2 on and off, VMID 2; nothing owed."""
-    r = Rig(contexts=4)
+    r = Rig(contexts=4, **options)
     for vmid, hcr in ((2, HCR_VM), (1, 0), (1, HCR_VM)):
         r.load(vmid, hcr=hcr)
     r.vm.take_tlbis()
@@ -389,6 +389,16 @@ def test_owed_stage1(op, xt, row, start, end, asid):
     assert asid is None or set(rows["asid"].tolist()) == {asid}
     if row in (VA, VAA):
         assert set(rows["last_level"].tolist()) == {int(OPERATIONS[op].last_level)}
+
+
+@pytest.mark.parametrize(("granule", "row"), [(4 * K, VMALL), (16 * K, VMALL), (64 * K, VA)])
+def test_owed_stage1_range_in_unknown_units(granule, row):
+    """With FEAT_LPA2 the base of a range is in units of 64K where L2's TCR_EL1.DS is 1, which nobody says: all goes."""
+    r = two_contexts_of_vmid_1(features=s2shadow.Features(lpa2=True))
+    r.vcpu.tlbi("RVAE1IS", 7 << 48 | span(16 * 64 * K, granule))
+    rows = r.vm.take_tlbis()
+    assert sorted(rows["host_vmid"].tolist()) == sorted([host_vmid(r, 1), host_vmid(r, 1, False)])
+    assert set(rows["op"].tolist()) == {row}
 
 
 @pytest.mark.parametrize("op", tlbistep.STAGE1_OPS)
