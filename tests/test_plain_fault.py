@@ -217,6 +217,23 @@ def test_no_node_is_left_behind(nodes):
         vm.check()
 
 
+def test_block_over_the_end_of_its_region():
+    """L1's and the host's block begin in RAM and end beyond it: no leaf of all the block, after plain ones either."""
+    mem = s2shadow.GuestMemory()
+    mem.add(RAM, 32 * M + M)
+    vm = s2shadow.NestedVM(mem)
+    vm.host.map(RAM, HOST + RAM, 34 * M)
+    tables = Tables(mem.read64, mem.write64, RAM)
+    tables.map_range(0, RAM, 34 * M, 2)
+    vcpu = vm.vcpus[0]
+    vcpu.load(tables.vttbr(1), tables.vtcr)
+    assert {(f.kind, f.size) for f in map(vcpu.fault, range(0, 32 * M, 2 * M))} == {(MAPPED, 2 * M)}
+    ipas = np.array([32 * M, 33 * M], dtype=np.uint64)
+    assert vcpu.fault_many(ipas, READ)["kind"].tolist() == [MAPPED, MMIO]
+    assert vm.shadow(0)["size"].tolist() == [2 * M] * 16 + [PAGE]
+    vm.check()
+
+
 def test_contexts_in_turn():
     """Two contexts with the same addresses, on one vCPU: each faults into its own shadow."""
     r = known()
