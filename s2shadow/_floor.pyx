@@ -280,6 +280,11 @@ ctypedef uint64_t (*bare_t)(vm_t *, uint64_t, uint64_t) noexcept nogil
 cdef bare_t bare = bare_unmap       # a call, as into any other module
 
 
+def pauses(state):
+    """How often an operation on a VM let go of the lock for others before it was done, while nothing else runs."""
+    return vm_of(state).lock.pauses
+
+
 def tlbi_each(state, uint32_t word, const uint64_t[::1] operands, uint64_t vttbr, uint64_t vtcr, uint64_t hcr):
     """One TLBI at a time, decoded from its instruction word once -> shadow leaves removed."""
     cdef vm_t *vm = vm_of(state)

@@ -186,7 +186,7 @@ cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t 
             if not check_page(vm, view, table, child, slot, level + 1, ipa + (i << shift), totals, finding):
                 return False
             below = &vm.arena.pages[child]
-            if not below.live:
+            if not below.live and not vm.unfinished:
                 return found(finding, R_EMPTY_TABLE, slot, child, 0)
             for tag in range(GUEST_LEVELS):
                 holds[tag] += below.holds[tag] != 0
@@ -206,7 +206,7 @@ cdef bint check_page(vm_t *vm, mem_view_t *view, const table_t *table, uint32_t 
     for tag in range(GUEST_LEVELS):
         if holds[tag] != meta.holds[tag]:
             return found(finding, R_HOLDS, page << vm.arena.slot_bits, meta.holds[tag], holds[tag])
-    totals.table_pages += live != 0
+    totals.table_pages += live != 0 or parent != 0
     totals.link_pages += meta.has_links
     return True
 
@@ -320,7 +320,7 @@ cdef bint check_node(vm_t *vm, mem_view_t *view, uint32_t node, uint32_t parent,
             used += 1
             if not check_node(vm, view, vm.rmap.children[name], name, totals, finding):
                 return False
-    if used != vm.rmap.nodes[node].used or (used == 0 and node != vm.rmap.root):
+    if used != vm.rmap.nodes[node].used or (used == 0 and node != vm.rmap.root and not vm.unfinished):
         return found(finding, R_NODE, parent, vm.rmap.nodes[node].used, used)
     if level == FINAL_LEVEL:
         totals.leaf_nodes += 1

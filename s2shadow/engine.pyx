@@ -9,20 +9,16 @@ import numpy as np
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdint cimport int8_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from s2shadow cimport S2SHADOW_VM_CAPSULE
-from s2shadow.arch cimport (
-    DESC_AF, DESC_MEMATTR_SHIFT, FINAL_LEVEL, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh,
-    largest_leaf_level, leaf_level_within, level_span, s2ap_xn_to_perm,
-)
+from s2shadow.arch cimport FINAL_LEVEL, SH_ISH, largest_leaf_level, leaf_level_within, level_span
 from s2shadow.arguments cimport as_u64
 from s2shadow.arrays cimport as_access, batch_t, take_addresses, take_masks, take_output
-from s2shadow.atomics cimport cas32, load64, load_pointer, store32
+from s2shadow.atomics cimport cas32, load_pointer, store32
 from s2shadow.check cimport check_vm, finding_t
 from s2shadow.config cimport decode_config, fill_features, s2_config_t
-from s2shadow.context cimport context_entries, context_table_bytes
 from s2shadow.dirty cimport dirty_reserve
 from s2shadow.fault cimport STEP_DONE, fault_run, step_t, translate_run
 from s2shadow.handle cimport handle_t
@@ -30,11 +26,12 @@ from s2shadow.host cimport (
     change_t, host_age, host_attrs_t, host_dirty_log, host_give_room, host_log, host_make_room, host_map, host_protect,
     host_unmap,
 )
-from s2shadow.intervals cimport (
-    UNKNOWN_IPA, interval_t, intervals_find, intervals_record, intervals_remove,
+from s2shadow.intervals cimport intervals_record, intervals_remove
+from s2shadow.listing cimport (
+    LIST_HOST, LIST_INTERVALS, LIST_REVERSE, LIST_SHADOW, context_row_t, host_row_t, interval_row_t, list_context,
+    list_contexts, list_rows, list_tables, listing_t, reverse_row_t, shadow_row_t,
 )
-from s2shadow.leaf cimport find_cipa
-from s2shadow.lock cimport lock_exclusive, lock_shared_other, unlock_exclusive, unlock_shared_other
+from s2shadow.lock cimport lock_exclusive, unlock_exclusive
 from s2shadow.machine cimport (
     SETUP_NO_ADDRESS_SPACE, SETUP_NO_MEMORY, SETUP_NO_ROOTS, counters_t, default_table_base, install_populated,
     least_bytes, plan_t, ram_within, root_bytes, setup_t, vcpu_load, vcpu_put, vm_counters, vm_destroy, vm_init,
@@ -43,15 +40,14 @@ from s2shadow.maintenance cimport apply_tlbi, tlbi_regs_t, tlbi_result_t
 from s2shadow.memory cimport GuestMemory, mem_view_t, region_map_t
 from s2shadow.owed cimport FIRST_CONTEXT_VMID, hw_tlbi_t, owed_take
 from s2shadow.pace cimport next_piece, pace_t
-from s2shadow.rmap cimport is_marker, link_next, rmap_find
 from s2shadow.table cimport (
-    CANONICAL, ROOT_PAGES, child_page, is_table, next_leaf, page_of, page_t, slot_ipa, table_find, table_t,
+    CANONICAL, ROOT_PAGES, page_of, page_t, slot_ipa, table_find, table_t,
 )
 from s2shadow.tlbi cimport TLBI_OK, tlbi_encoding, tlbi_lookup, tlbi_lookup_word, tlbi_op_t
 from s2shadow.vm cimport (
     KIND_NO_MEMORY, KIND_RETRY, NO_CONTEXT, POPULATE_CALLABLE, POPULATE_LINEAR, POPULATE_NONE, TEARDOWN_BLOW_AWAY,
     TEARDOWN_BLOW_AWAY_LEAN, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, count_answer, fault_t,
-    forget_guest_path, populate_t, range_t, read_tag, vcpu_t, vm_t,
+    forget_guest_path, populate_t, range_t, vcpu_t, vm_t,
 )
 
 from s2shadow.check import RULES
@@ -86,21 +82,10 @@ ctypedef struct tlbi_request_t:
     uint64_t vtcr
     uint64_t hcr
 
-ctypedef struct shadow_t:
-    uint64_t ipa
-    uint64_t cipa
-    uint64_t pa
-    uint64_t size
-    uint64_t desc
-    uint8_t perm
-    uint8_t memattr
-    uint8_t sh
-    uint8_t young
-    int8_t level
-    int8_t guest_level
-
 assert FAULT_DTYPE.itemsize == sizeof(fault_t) and HW_TLBI_DTYPE.itemsize == sizeof(hw_tlbi_t)
-assert SHADOW_DTYPE.itemsize == sizeof(shadow_t) and TLBI_OP_DTYPE.itemsize == sizeof(tlbi_request_t)
+assert SHADOW_DTYPE.itemsize == sizeof(shadow_row_t) and HOST_LEAF_DTYPE.itemsize == sizeof(host_row_t)
+assert REVERSE_DTYPE.itemsize == sizeof(reverse_row_t) and INTERVAL_DTYPE.itemsize == sizeof(interval_row_t)
+assert TLBI_OP_DTYPE.itemsize == sizeof(tlbi_request_t)
 
 cdef enum:
     POPULATE_TRIES = 16                 # a populate that undoes itself ends in RETRY
@@ -323,7 +308,8 @@ cdef class _Engine:
             kind = POPULATE_CALLABLE
         elif policy is not None:
             raise TypeError(f"populate must be None, a Linear, a callable or 'linear', got {type(policy).__name__}")
-        self.policy = policy
+        with cython.critical_section(self):
+            self.policy = policy
         with nogil:
             lock_exclusive(&self.vm.lock)       # a fault beside this is served by the one policy or by the other
             if kind == POPULATE_LINEAR:
@@ -334,7 +320,8 @@ cdef class _Engine:
             unlock_exclusive(&self.vm.lock)
 
     def get_populate(self):
-        return self.policy
+        with cython.critical_section(self):
+            return self.policy
 
     cdef int level_of_block(self, uint64_t size) except -9:
         """Level of the largest host leaf not above ``size``."""
@@ -519,35 +506,29 @@ cdef class _Engine:
                 host_age(&self.vm, start, end, clear, &bits[0])
         return bitmap
 
-    def host_leaves(self):
-        cdef uint64_t at = 0, end = <uint64_t>1 << self.vm.features.pa_bits, desc, span
-        cdef int level = 0
-        cdef uint32_t slot
-        rows = []
-        with nogil:
-            lock_shared_other(&self.vm.lock)
-        try:
-            while True:
-                slot = next_leaf(&self.vm.arena, &self.vm.canonical, &at, end, &level)
-                if not slot:
-                    break
-                desc = load64(self.vm.arena.words + slot)
-                span = level_span(self.vm.arena.granule_bits, level)
-                rows.append((at, decode_oa(&self.vm.arena.oa, desc) & ~(span - 1), span, s2ap_xn_to_perm(desc, True),
-                             desc >> DESC_MEMATTR_SHIFT & 0xF))
-                at += span
-        finally:
-            unlock_shared_other(&self.vm.lock)
-        return np.array(rows, dtype=HOST_LEAF_DTYPE)
+    cdef object listed(self, listing_t what, uint64_t of, object dtype):
+        """The rows of a listing, found out how many first: others may add some in between."""
+        cdef int64_t n = 0, room = 0
+        cdef uint8_t[::1] raw
+        while True:
+            out = np.zeros(room + 1, dtype=dtype)
+            raw = out.view(np.uint8)
+            with nogil:
+                n = list_rows(&self.vm, what, of, &raw[0], room)
+            if n < 0:
+                raise ValueError(f"no context with index {of}")
+            if n <= room:
+                return out[:n]
+            room = n + (n >> 6)
 
-    cdef object context_row(self, uint32_t index):
-        """A ``Context``; some side of the lock is held."""
-        cdef context_t *c = &self.vm.contexts[index]
-        host_vmid = index + FIRST_CONTEXT_VMID
-        return Context(index, c.config.vmid, c.vttbr, c.vtcr, bool(c.config.enabled), host_vmid,
-                       self.vttbr_of(&c.shadow, host_vmid), self.vtcr_of(&c.shadow),
-                       HCR_VM | (HCR_FWB if self.vm.features.fwb else 0),
-                       context_entries(&self.vm, c), context_table_bytes(&self.vm, c), c.refs)
+    def host_leaves(self):
+        return self.listed(LIST_HOST, 0, HOST_LEAF_DTYPE)
+
+    cdef object context_of(self, const context_row_t *row):
+        host_vmid = row.index + FIRST_CONTEXT_VMID
+        return Context(row.index, row.vmid, row.vttbr, row.vtcr, bool(row.enabled), host_vmid,
+                       self.vttbr_of(&row.shadow, host_vmid), self.vtcr_of(&row.shadow),
+                       HCR_VM | (HCR_FWB if self.vm.features.fwb else 0), row.entries, row.table_bytes, row.refs)
 
     cdef object vttbr_of(self, const table_t *table, host_vmid):
         """The table's address in VTTBR_EL2's form: bits 51:48 of a 52-bit one stand in 5:2."""
@@ -565,13 +546,12 @@ cdef class _Engine:
                 | self.vm.features.vmid16 << 19 | 1 << 31 | ds << 32)
 
     def contexts(self):
-        cdef uint32_t i
+        cdef uint32_t i, n
+        cdef uint8_t[::1] raw = np.empty(self.vm.context_count * sizeof(context_row_t), dtype=np.uint8)
+        cdef context_row_t *rows = <context_row_t *>&raw[0]
         with nogil:
-            lock_shared_other(&self.vm.lock)
-        try:
-            return tuple([self.context_row(i) for i in range(self.vm.context_count) if self.vm.contexts[i].valid])
-        finally:
-            unlock_shared_other(&self.vm.lock)
+            n = list_contexts(&self.vm, rows)
+        return tuple([self.context_of(&rows[i]) for i in range(n)])
 
     cdef context_t *context_at(self, object index) except NULL:
         cdef int64_t i = index
@@ -579,70 +559,22 @@ cdef class _Engine:
             raise ValueError(f"no context with index {index}")
         return &self.vm.contexts[i]
 
-    def shadow(self, index):
-        cdef context_t *context
-        cdef uint64_t n = 0, at = 0, end
-        cdef uint8_t[::1] raw
-        cdef shadow_t *row
-        cdef uint32_t slot
-        cdef int level = 0
-        with nogil:
-            lock_exclusive(&self.vm.lock)
-        try:
-            context = self.context_at(index)
-            out = np.zeros(context_entries(&self.vm, context), dtype=SHADOW_DTYPE)
-            if not len(out):
-                return out
-            raw = out.view(np.uint8)
-            end = <uint64_t>1 << context.shadow.ia_bits
-            while n < <uint64_t>len(out):
-                slot = next_leaf(&self.vm.arena, &context.shadow, &at, end, &level)
-                if not slot:
-                    break
-                row = <shadow_t *>&raw[0] + n
-                self.describe(slot, level, at, row)
-                find_cipa(&self.vm, slot, True, &row.cipa)
-                at += row.size
-                n += 1
-            return out[:n]
-        finally:
-            unlock_exclusive(&self.vm.lock)
+    cdef uint64_t index_of(self, object index) except? -1:
+        """Of a context, as far as that can be said without the lock."""
+        cdef int64_t i = index
+        if not 0 <= i < self.vm.context_count:
+            raise ValueError(f"no context with index {index}")
+        return i
 
-    cdef void describe(self, uint32_t slot, int level, uint64_t ipa, shadow_t *row) noexcept nogil:
-        cdef uint64_t desc = load64(self.vm.arena.words + slot)
-        row.ipa = ipa
-        row.size = level_span(self.vm.arena.granule_bits, level)
-        row.pa = decode_oa(&self.vm.arena.oa, desc) & ~(row.size - 1)
-        row.desc = desc
-        row.perm = s2ap_xn_to_perm(desc, True)
-        row.memattr = <uint8_t>(desc >> DESC_MEMATTR_SHIFT & 0xF)
-        row.sh = decode_sh(&self.vm.arena.oa, desc, SH_ISH)
-        row.young = (desc & DESC_AF) != 0
-        row.level = <int8_t>level
-        row.guest_level = <int8_t>(<int>read_tag(desc) + LEVEL_STAGE2_OFF)
+    def shadow(self, index):
+        return self.listed(LIST_SHADOW, self.index_of(index), SHADOW_DTYPE)
 
     def reverse(self, uint64_t cipa):
-        cdef int level
-        cdef uint32_t head, slot
-        rows = []
         if cipa >> self.vm.features.pa_bits:
             raise ValueError(f"cipa {cipa:#x} is beyond pa_bits={self.vm.features.pa_bits}")
         if self.vm.teardown != TEARDOWN_REVERSE_MAP:
             return self.reverse_by_scan(cipa)
-        with nogil:
-            lock_shared_other(&self.vm.lock)
-        try:
-            for level in range(self.vm.rmap.nodes[self.vm.rmap.root].level, FINAL_LEVEL + 1):
-                head = rmap_find(&self.vm.rmap, cipa, level)
-                slot = self.vm.rmap.heads[head] if head else 0
-                while slot:
-                    if not is_marker(&self.vm.rmap, slot):
-                        rows.append((slot_ipa(&self.vm.arena, slot), level_span(self.vm.arena.granule_bits, level),
-                                     self.vm.arena.pages[page_of(&self.vm.arena, slot)].context))
-                    slot = link_next(&self.vm.arena, slot)[0]
-        finally:
-            unlock_shared_other(&self.vm.lock)
-        out = np.array(rows, dtype=REVERSE_DTYPE)
+        out = self.listed(LIST_REVERSE, cipa, REVERSE_DTYPE)
         return out[np.lexsort((out["ipa"], out["context"]))]
 
     def reverse_by_scan(self, cipa):
@@ -654,53 +586,24 @@ cdef class _Engine:
         return np.array(found, dtype=REVERSE_DTYPE)
 
     def intervals(self, index):
-        cdef interval_t found
-        cdef uint64_t at = 0
         if self.vm.teardown != TEARDOWN_INTERVAL_MAP:
             raise ValueError("there are interval maps only with teardown='interval-map'")
-        rows = []
-        with nogil:
-            lock_exclusive(&self.vm.lock)
-        try:
-            while intervals_find(self.context_at(index).intervals, at, ~<uint64_t>0, &found):
-                unknown = found.ipa == UNKNOWN_IPA
-                rows.append((found.start, found.end, 0 if unknown else found.ipa, unknown))
-                at = found.end
-        finally:
-            unlock_exclusive(&self.vm.lock)
-        return np.array(rows, dtype=INTERVAL_DTYPE)
-
-    cdef int collect_pages(self, uint32_t page, list into) except -1:
-        cdef const page_t *meta = &self.vm.arena.pages[page]
-        cdef uint64_t i, desc
-        into.append(page)
-        if meta.level == FINAL_LEVEL or not meta.live:
-            return 0
-        for i in range(<uint64_t>1 << self.vm.arena.slot_bits):
-            desc = load64(self.vm.arena.words + ((<uint64_t>page << self.vm.arena.slot_bits) + i))
-            if is_table(desc, meta.level):
-                self.collect_pages(child_page(&self.vm.arena, desc), into)
-        return 0
+        return self.listed(LIST_INTERVALS, self.index_of(index), INTERVAL_DTYPE)
 
     def tables(self, index):
-        cdef table_t *table
-        cdef uint32_t i
-        cdef uint8_t[:, ::1] view
-        cdef uint64_t granule = self.page_size()
-        pages = []
-        with nogil:
-            lock_exclusive(&self.vm.lock)
-        try:
-            table = &self.vm.canonical if index is None else &self.context_at(index).shadow
-            for i in range(<uint32_t>1 << table.concatenated_bits):
-                self.collect_pages(table.root + i, pages)
-            out = np.empty((len(pages), granule), dtype=np.uint8)
-            view = out
-            for i in range(len(pages)):
-                memcpy(&view[i, 0], self.vm.arena.words + (<uint64_t>pages[i] << self.vm.arena.slot_bits), granule)
-            return np.array(pages, dtype=np.uint64) * granule + self.vm.arena.table_base, out
-        finally:
-            unlock_exclusive(&self.vm.lock)
+        cdef int64_t context = -1 if index is None else self.index_of(index), n = 0, room = 0
+        cdef uint64_t[::1] addresses
+        cdef uint8_t[:, ::1] contents
+        while True:
+            found, out = np.empty(room + 1, dtype=np.uint64), np.empty((room + 1, self.page_size()), dtype=np.uint8)
+            addresses, contents = found, out
+            with nogil:
+                n = list_tables(&self.vm, context, &addresses[0], &contents[0, 0], room)
+            if n < 0:
+                raise ValueError(f"no context with index {index}")
+            if n <= room:
+                return found[:n], out[:n]
+            room = n + (n >> 6)
 
     def take_tlbis(self, limit):
         cdef uint32_t taken, wanted
@@ -966,17 +869,15 @@ cdef class VCPU:
         Source: get_s2_mmu_nested of Linux.
         """
         cdef s2_config_t config
+        cdef context_row_t row
         cdef uint64_t vttbr_ = as_u64(vttbr, "vttbr"), vtcr_ = as_u64(vtcr, "vtcr"), hcr_ = as_u64(hcr, "hcr")
         decode_config(&self.engine.vm.features, vttbr_, vtcr_, hcr_, big_endian, as_u64(s2pir, "s2pir"), &config)
         self.enter()
         try:
             with nogil:
                 vcpu_load(&self.engine.vm, self.c, &config, vttbr_, vtcr_, hcr_)
-                lock_shared_other(&self.engine.vm.lock)
-            try:
-                return self.engine.context_row(self.c.context)
-            finally:
-                unlock_shared_other(&self.engine.vm.lock)
+                list_context(&self.engine.vm, self.c.context, &row)
+            return self.engine.context_of(&row)
         finally:
             self.leave()
 
@@ -1050,13 +951,14 @@ cdef class VCPU:
                 out[at].kind = KIND_RETRY
             elif self.ask(self.c.asked_cipa, masks[at * stride]):
                 continue
-            count_answer(&self.engine.vm, self.c, out[at].kind)     # of the user's array, which others may have written
+            with nogil:                     # whoever has the lock may be waiting for the GIL
+                count_answer(&self.engine.vm, self.c, out[at].kind)     # of the user's array, which others may write
             at += 1
 
     cdef bint ask(self, uint64_t cipa, uint8_t access) except -1:
         """Call populate for ``cipa`` and map what it says; False for None."""
         cdef uint64_t seq = self.engine.vm.host_seq
-        policy = self.engine.policy
+        policy = self.engine.get_populate()
         if not callable(policy):
             return True                     # it was replaced meanwhile: start over
         mapping = policy(cipa, Access(access))
@@ -1148,7 +1050,8 @@ cdef class VCPU:
         return TlbiResult(operation_name(*encoding), result.removed, result.required, result.contexts)
 
     def __repr__(self):
-        return f"VCPU({self.index}, {'no context' if self.c.context == NO_CONTEXT else f'context {self.c.context}'})"
+        idle = self.c == NULL or self.c.context == NO_CONTEXT
+        return f"VCPU({self.index}, {'no context' if idle else f'context {self.c.context}'})"
 
 
 cdef class NestedVM:

@@ -6,7 +6,7 @@ invalidation cannot be installed after it, without a sequence to check. What mus
 populate) makes the fault start over. A step that only the exclusive side may do is redone there from the start.
 """
 
-from libc.stdint cimport int8_t, uint16_t, uint32_t
+from libc.stdint cimport int8_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
 from s2shadow.arch cimport (
@@ -14,7 +14,7 @@ from s2shadow.arch cimport (
     DESC_XN, FINAL_LEVEL, FSC_EXTERNAL_ABORT, LEVEL_STAGE2_OFF, SH_ISH, decode_oa, decode_sh, encode_oa, hpfar,
     level_span, memattr_is_device, required_perm, s2ap_xn_to_perm,
 )
-from s2shadow.atomics cimport cas64, fetch_or64, load64, peek64, store64
+from s2shadow.atomics cimport cas64, fetch_add32, fetch_or64, load64, peek64, store64
 from s2shadow.combine cimport combine_leaves, combined_t, host_leaf_t
 from s2shadow.dirty cimport is_logged, mark_dirty
 from s2shadow.host cimport GRANT_EXCLUSIVE, GRANT_NO_MEMORY, grant_t, grant_write, populate_linear
@@ -174,6 +174,13 @@ cdef void translate_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint
             at += 1
 
 
+cdef void answer_without_leaf(fault_t *out, uint8_t kind) noexcept nogil:
+    out.kind = kind
+    out.perm = 0
+    out.pa = 0
+    out.size = 0
+
+
 cdef inline step_t hit(vm_t *vm, uint32_t slot, uint64_t desc, int level, uint64_t ipa, bint exclusive,
                        fault_t *out) noexcept nogil:
     """Answer from a live leaf that allows the access, setting AF in shadow and host where it is clear."""
@@ -182,7 +189,7 @@ cdef inline step_t hit(vm_t *vm, uint32_t slot, uint64_t desc, int level, uint64
         return STEP_EXCLUSIVE
     describe_hit(vm, desc, ipa, level, block, out)
     if vm.active_count and is_active(vm, out.cipa):
-        out.kind = KIND_RETRY
+        answer_without_leaf(out, KIND_RETRY)
         return STEP_DONE
     if not desc & DESC_AF:
         fetch_or64(vm.arena.words + slot, DESC_AF)
@@ -386,7 +393,7 @@ cdef step_t install_somehow(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, bint exclusive
             if vm.teardown == TEARDOWN_REVERSE_MAP:
                 rmap_tidy(&vm.rmap, block)
             if not evict(vm, vcpu.context, ipa):
-                out.kind = KIND_NO_MEMORY
+                answer_without_leaf(out, KIND_NO_MEMORY)
                 return STEP_DONE
 
 
@@ -508,11 +515,13 @@ cdef step_t fault_exclusive(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access
         tidy_tables(vm, vcpu, ipa)
         if vm.teardown == TEARDOWN_REVERSE_MAP and not out.cipa >> vm.canonical.ia_bits:
             rmap_tidy(&vm.rmap, out.cipa)
+        if sections == 1:
+            fetch_add32(&vm.unfinished, <uint32_t>-1)
         find_block(vm, vcpu, ipa)
         step = fault_step(vm, vcpu, ipa, access, True, out)
         owed_end(&vm.owed)
         if step == STEP_EXCLUSIVE and sections == MOST_SECTIONS:
-            out.kind = KIND_RETRY
+            answer_without_leaf(out, KIND_RETRY)
             step = STEP_DONE
         if step == STEP_DONE:
             vcpu.kinds[out.kind] += 1
@@ -530,6 +539,8 @@ cdef step_t fault_one(vm_t *vm, vcpu_t *vcpu, uint64_t ipa, uint8_t access, faul
         step = fault_step(vm, vcpu, ipa, access, False, out)
     if step == STEP_DONE:
         vcpu.kinds[out.kind & 7] += 1       # under the lock: its exclusive side reads all counters
+    elif step == STEP_EXCLUSIVE:
+        fetch_add32(&vm.unfinished, 1)
     unlock_shared(vcpu.reader)
     if step == STEP_EXCLUSIVE:
         step = fault_exclusive(vm, vcpu, ipa, access, out)
@@ -575,6 +586,8 @@ cdef step_t fault_run(vm_t *vm, vcpu_t *vcpu, const uint64_t *ipas, const uint8_
             i += 1
         vcpu.installed += plainly
         vcpu.kinds[KIND_MAPPED] += plainly
+        if step == STEP_EXCLUSIVE:
+            fetch_add32(&vm.unfinished, 1)
         unlock_shared(vcpu.reader)
         known = 0
         if step == STEP_EXCLUSIVE:

@@ -328,7 +328,8 @@ cdef bint same_mapping(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, cons
     return True
 
 
-cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block) noexcept nogil:
+cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block,
+                    bint chunked) noexcept nogil:
     """Evict shadows until the tables that a mapping may need fit under the bound; False if they cannot."""
     cdef int granule_bits = vm.arena.granule_bits
     cdef uint64_t pages = 0, span
@@ -338,15 +339,22 @@ cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_
         pages += 2                          # at the two ends
         if level < largest or span > max_block or (cipa ^ pa) & (span - 1):
             pages += size / span
-    return room_for(vm, pages)
+    return room_for(vm, pages, chunked)
 
 
-cdef bint room_for(vm_t *vm, uint64_t pages) noexcept nogil:
+cdef bint room_for(vm_t *vm, uint64_t pages, bint chunked) noexcept nogil:
+    """Evict until so many table pages fit. Between chunks others may take what was freed, so that there are no more
+    pauses than pages."""
+    cdef uint64_t removed = vm.removed, pauses = 0
     if not vm.arena.room_made and refused():
         return False
     while not arena_has_room(&vm.arena, pages):
         if not evict(vm, NO_CONTEXT, 0):
             return arena_has_room(&vm.arena, pages)
+        if chunked and vm.removed - removed >= DROP_CHUNK and pauses < pages:
+            breathe(&vm.lock)
+            removed = vm.removed
+            pauses += 1
     return True
 
 
@@ -358,21 +366,29 @@ cdef void await_inactive(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
 
 cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs, uint64_t max_block,
                    change_t *change) noexcept nogil:
-    """Map a range in the largest blocks that fit, in place of what was there, in one exclusive section. False, and
-    nothing changed, when the tables cannot be had."""
+    """Map a range in the largest blocks that fit, in place of what was there, in one exclusive section, for which
+    those before it evict and drop nearly all that must go. False, and no mapping changed, when the tables cannot be
+    had."""
     cdef uint64_t at = cipa, done = 0
     cdef int level = 0
     cdef bint live
     begin(vm, cipa, cipa + size, change)
     await_inactive(vm, cipa, cipa + size)
-    live = next_leaf(&vm.arena, &vm.canonical, &at, cipa + size, &level) != 0
-    if live and same_mapping(vm, cipa, pa, size, attrs):
+    if same_mapping(vm, cipa, pa, size, attrs):
         finish(vm, change)
         return True
-    if live:
-        drop_shadows(vm, cipa, cipa + size, change)
+    if not make_room(vm, cipa, pa, size, max_block, True):
+        finish(vm, change)
+        return False
+    while True:
         await_inactive(vm, cipa, cipa + size)
-    if not make_room(vm, cipa, pa, size, max_block):
+        at = cipa
+        live = next_leaf(&vm.arena, &vm.canonical, &at, cipa + size, &level) != 0
+        if live:
+            drop_shadows(vm, cipa, cipa + size, change)
+        if not overlaps_active(vm, cipa, cipa + size):
+            break                           # nobody was let in since nothing was left to drop
+    if not make_room(vm, cipa, pa, size, max_block, False):
         finish(vm, change)
         return False
     vm.arena.room_made += 1
@@ -397,7 +413,7 @@ cdef bint host_make_room(vm_t *vm, uint64_t pages) noexcept nogil:
     cdef bint made
     lock_exclusive(&vm.lock)
     owed_begin(&vm.owed)
-    made = room_for(vm, pages + 2 * (FINAL_LEVEL - vm.canonical.start_level))
+    made = room_for(vm, pages + 2 * (FINAL_LEVEL - vm.canonical.start_level), True)
     vm.arena.room_made += made
     owed_end(&vm.owed)
     unlock_exclusive(&vm.lock)
@@ -659,6 +675,25 @@ cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, cha
     finish(vm, change)
 
 
+cdef void narrow_logged(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
+    """Take W from the shadows of the host leaves that overlap [start, end) and have it themselves. A large block is
+    logged in many stretches, and its shadows have lost W with the first of them."""
+    cdef uint64_t from_here = start, until = end
+    cdef int level = 0
+    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &from_here, end, &level)
+    if not slot:
+        return
+    if not load64(vm.arena.words + slot) & DESC_S2AP_W:
+        from_here += level_span(vm.arena.granule_bits, level)
+    if from_here < end:
+        until = widen_end(vm, end)
+        slot = table_find(&vm.arena, &vm.canonical, end - 1, &level)
+        if until > end and not load64(vm.arena.words + slot) & DESC_S2AP_W:
+            until = (end - 1) & ~(level_span(vm.arena.granule_bits, level) - 1)
+    if from_here < until:
+        narrow_shadows(vm, from_here, until, PERM_ALL & ~ACCESS_WRITE, False, change)
+
+
 cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
     """Take W from host leaves that overlap [start, end); their shadows have none."""
     cdef uint64_t at = start
@@ -682,7 +717,7 @@ cdef void host_log(vm_t *vm, const range_t *ranges, uint32_t count, bint on, cha
         while at < ranges[i].end:
             stop = at + stretch if ranges[i].end - at > stretch else ranges[i].end
             if on:                          # whole host leaves, whose shadows may reach out of the range
-                narrow_shadows(vm, widen_start(vm, at), widen_end(vm, stop), PERM_ALL & ~ACCESS_WRITE, False, change)
+                narrow_logged(vm, at, stop, change)
             dirty_set_range(&vm.dirty, at, stop, on)
             if on:
                 withhold_write(vm, at, stop)

@@ -11,9 +11,7 @@
 # Not pthread_rwlock: its counter is one line for all vCPUs, and a pair of calls costs more than all the rest of a short
 # operation.
 
-from libc.stdint cimport uint32_t
-
-from s2shadow.atomics cimport linger
+from libc.stdint cimport uint32_t, uint64_t
 
 cdef extern from *:
     """
@@ -39,6 +37,7 @@ cdef extern from *:
         uint32_t turn;                  /* not free for the whole of an exclusive section */
         uint32_t late;                  /* who wait */
         s2_reader_t readers[S2_READER_LINES];
+        uint64_t pauses;                /* how often a long operation let others in */
     } s2_lock_t;
 
     static inline void s2_lock_init(s2_lock_t *l) { memset(l, 0, sizeof *l); }
@@ -127,25 +126,29 @@ cdef extern from *:
         if (__builtin_expect(inside != 0, 0)) s2_await_readers(l);
     }
     static inline void s2_unlock_exclusive(s2_lock_t *l) { s2_give_turn(l); }
+    /* Out of line: those who may have to are often in the midst of what must be short. */
+    static __attribute__((noinline, cold, unused)) void s2_breathe(s2_lock_t *l)
+    {
+        s2_unlock_exclusive(l);
+    #ifdef S2SHADOW_STRESS
+        sched_yield();
+    #endif
+        s2_lock_exclusive(l);
+        l->pauses++;
+    }
     """
     ctypedef struct reader_t "s2_reader_t":
         pass
     ctypedef struct lock_t "s2_lock_t":
-        pass
+        uint64_t pauses
     void lock_init "s2_lock_init"(lock_t *lock) noexcept nogil
     reader_t *lock_reader "s2_lock_reader"(lock_t *lock, uint32_t vcpu) noexcept nogil
     void lock_shared "s2_lock_shared"(lock_t *lock, reader_t *reader) noexcept nogil
     void unlock_shared "s2_unlock_shared"(reader_t *reader) noexcept nogil
     void lock_exclusive "s2_lock_exclusive"(lock_t *lock) noexcept nogil
     void unlock_exclusive "s2_unlock_exclusive"(lock_t *lock) noexcept nogil
+    void breathe "s2_breathe"(lock_t *lock) noexcept nogil      # let those have the lock who wait for it
     int sched_yield() noexcept nogil
-
-
-cdef inline void breathe(lock_t *lock) noexcept nogil:
-    """Let those have the lock who wait for it, in an exclusive section."""
-    unlock_exclusive(lock)
-    linger()
-    lock_exclusive(lock)
 
 
 cdef inline void lock_shared_other(lock_t *lock) noexcept nogil:

@@ -15,6 +15,7 @@ ctypedef struct tlbi_result_t:
     uint64_t removed
     uint64_t required           # of the removed: those that the exact rule names
     uint32_t contexts           # that the operation named
+    uint64_t pause_at           # what ``removed`` may come to in this exclusive section
 
 cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs_t *regs,
                      tlbi_result_t *result) noexcept nogil

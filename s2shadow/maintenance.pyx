@@ -28,7 +28,7 @@ from s2shadow.tlbi cimport (
     tlbi_decode, tlbi_no_operand, tlbi_op_t, tlbi_t,
 )
 from s2shadow.vm cimport (
-    DROP_CHUNK, TEARDOWN_INTERVAL_MAP, TEARDOWN_REVERSE_MAP, context_t, forget_guest_path, kernel_steps_per_context,
+    DROP_CHUNK, TEARDOWN_REVERSE_MAP, context_t, forget_guest_path, kernel_steps_per_context,
     read_tag, remembered_page, tlbi_counts_t, vcpu_t,
 )
 
@@ -38,20 +38,20 @@ cdef enum:
     HCR_E2H_BIT = 34
 
 
-cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit) noexcept nogil:
+cdef bint drop_chunked(vm_t *vm, context_t *context, visit_t *visit, tlbi_result_t *result) noexcept nogil:
     """Drop what a visit names, letting go of the lock between chunks; False if the context got another owner, whose
     leaves the operation does not name. No address is passed twice: what others put in behind was walked after the
     operation began, and an L1 that goes on faulting must not keep it from ending."""
-    cdef uint64_t generation = context.generation, start = visit.start
-    visit.budget = DROP_CHUNK
-    while not visit_context(vm, context, visit):
+    cdef uint64_t generation = context.generation
+    cdef bint same = True
+    visit.budget = result.pause_at - result.removed if result.pause_at > result.removed else 0
+    while same and not visit_context(vm, context, visit):
         breathe(&vm.lock)
-        if context.generation != generation or not context.valid:
-            return False
         visit.budget = DROP_CHUNK
-        if vm.teardown == TEARDOWN_INTERVAL_MAP:
-            visit.start = start             # the whole context's map is forgotten at the end: it must be empty
-    return True
+        same = context.generation == generation and context.valid
+    result.removed += visit.dropped
+    result.pause_at = result.removed + visit.budget
+    return same
 
 
 cdef void drop_whole(vm_t *vm, context_t *context, tlbi_result_t *result) noexcept nogil:
@@ -60,9 +60,8 @@ cdef void drop_whole(vm_t *vm, context_t *context, tlbi_result_t *result) noexce
     owe_context(&vm.owed, context.shadow.context)
     visit_init(&visit, OP_DROP, 0, ~<uint64_t>0)
     intervals_lose(context.intervals)
-    if drop_chunked(vm, context, &visit):
+    if drop_chunked(vm, context, &visit, result) and not context_tags(vm, context):
         intervals_reset(context.intervals)
-    result.removed += visit.dropped
     result.required += visit.dropped
 
 
@@ -114,6 +113,9 @@ cdef inline uint8_t drop_at(vm_t *vm, context_t *context, uint64_t ipa, uint8_t 
             drop_leaf(vm, slot)
         result.removed += 1
         result.required += 1
+        if result.removed >= result.pause_at and not larger:    # the context may be another's afterwards
+            breathe(&vm.lock)
+            result.pause_at = result.removed + DROP_CHUNK
     return larger
 
 
@@ -146,8 +148,7 @@ cdef void drop_extents(vm_t *vm, context_t *context, const tlbi_t *tlbi, tlbi_re
         span = level_span(context.config.granule_bits, level)
         visit_init(&visit, OP_DROP, tlbi.start & ~(span - 1), ((tlbi.end - 1) | (span - 1)) + 1)
         visit.tags = <uint8_t>(1 << (level - LEVEL_STAGE2_OFF))
-        whole = drop_chunked(vm, context, &visit)
-        result.removed += visit.dropped
+        whole = drop_chunked(vm, context, &visit, result)
         result.required += visit.dropped
         if not whole:
             return
@@ -211,8 +212,7 @@ cdef void drop_as_kvm72(vm_t *vm, context_t *context, const tlbi_t *tlbi, const 
     visit.exact_end = exact.end
     if context.config.enabled and not exact.names_nothing and exact_granule(exact, context):
         visit.exact_tags = hinted_tags(exact)
-    drop_chunked(vm, context, &visit)
-    result.removed += visit.dropped
+    drop_chunked(vm, context, &visit, result)
     result.required += visit.required
 
 
@@ -315,6 +315,7 @@ cdef void apply_tlbi(vm_t *vm, const tlbi_op_t *op, uint64_t xt, const tlbi_regs
         tlbi_decode(op, xt, &vm.features, machine_vtcr, True, &linux)
         tlbi = &linux
     memset(result, 0, sizeof(tlbi_result_t))
+    result.pause_at = DROP_CHUNK
     lock_exclusive(&vm.lock)
     vm.guest_clock += 1                     # before anything goes: what was read of L1's tables until now is void
     owed_begin(&vm.owed)

@@ -451,11 +451,14 @@ cdef class GuestMemory:
     @property
     def regions(self):
         """The regions, sorted by start: tuple of ``Region(start, size, readonly, device)``."""
-        cdef uint32_t i
-        with self.lock:
-            return tuple([Region(self.c.map.regions[i].start, self.c.map.regions[i].size,
-                                 bool(self.c.map.regions[i].readonly), bool(self.c.map.regions[i].device))
-                          for i in range(self.c.map.count)])
+        cdef bytes copy
+        cdef const region_t *region
+        cdef Py_ssize_t i
+        with self.lock:                     # objects are made after it: a finalizer that runs then may want this memory
+            copy = PyBytes_FromStringAndSize(<const char *>self.c.map.regions, self.c.map.count * sizeof(region_t))
+        region = <const region_t *><const char *>copy
+        return tuple([Region(region[i].start, region[i].size, bool(region[i].readonly), bool(region[i].device))
+                      for i in range(len(copy) // <Py_ssize_t>sizeof(region_t))])
 
     def load_tables(self, snapshot, which="auto"):
         """Load a capture's table pages at their addresses, with RAM around them -> ``s2shadow.capture.Capture``.

@@ -204,6 +204,7 @@ ctypedef struct vm_t:
     uint32_t evict_hand         # the leaf table that was evicted last
     uint32_t context_hand       # the context that eviction took leaves of last
     uint64_t all_cold_empty     # the clock when no context without references held anything
+    uint32_t unfinished         # faults whose shared attempt may have left what the exclusive one tidies
     uint64_t guest_clock        # changes with every TLBI and every change of L1's memory that is made under the lock
 
 

@@ -9,6 +9,7 @@ import s2shadow
 from beside import beside
 from rig import DATA, HOST, PAGE, RAM, RAM_SIZE, G, K, M, Rig, Tables, flags
 from s2shadow import HIT, HOST_FAULT, MAPPED, MISS, NO_MEMORY, PTW, READ, RETRY, WRITE
+from s2shadow._floor import pauses
 from s2shadow.vmem import refuse
 
 MANY = 10_000  # more leaves than two sections drop or change
@@ -274,6 +275,72 @@ def test_a_tlbi_ends_while_others_fault():
     r.vm.check()
 
 
+def test_a_tlbi_of_many_contexts_lets_others_in():
+    """No context has more leaves than a section may remove; all of them have."""
+    contexts, pages = 20, 1000
+    r = Rig(contexts=contexts + 1)
+    r.tables.map_range(0, DATA, pages * PAGE)
+    for vmid in range(1, contexts + 1):
+        r.load(vmid)
+        r.vcpu.fault_many(TOGETHER[:pages] * PAGE, READ)
+    before = pauses(r.vm._state())
+    assert r.vcpu.tlbi("ALLE1IS").removed == contexts * pages
+    assert pauses(r.vm._state()) - before >= contexts * pages // 1024
+    r.vm.check()
+
+
+def test_a_tlbi_of_a_page_in_many_contexts_lets_others_in():
+    """One VMID under more tables than a section may remove leaves: 2,000 contexts with one leaf each."""
+    contexts = 2000
+    r = Rig(contexts=contexts)
+    r.tables.map(0, DATA)
+    level2 = r.tables.slot(0, 2) & -PAGE
+    for n in range(contexts):
+        r.mem.write64(RAM + 8 * M + n * PAGE, level2 | 3)
+        r.vcpu.load((RAM + 8 * M + n * PAGE) | 1 << 48, r.tables.vtcr)
+        assert r.fault(0).kind == MAPPED
+    before = pauses(r.vm._state())
+    assert r.vcpu.tlbi("IPAS2E1IS", 0).removed == contexts
+    assert pauses(r.vm._state()) - before >= contexts // 1024
+    r.vm.check()
+
+
+@pytest.mark.parametrize("cold", [False, True])
+def test_a_mapping_at_the_bound_lets_others_in(cold):
+    """The host maps what takes a table for each 2 MiB, and the shadows have all the room."""
+    r = Rig(max_table_bytes=6 * M, contexts=1)
+    table = r.tables.slot(0, 3) & -PAGE
+    r.tables.map_range(0, DATA, 2 * M)
+    for at in range(0, 2 * G, 2 * M):
+        r.tables.set(r.tables.slot(at, 2), table | 3)
+    r.vcpu.fault_many(np.arange(0, 2 * G, PAGE, dtype=np.uint64), READ)
+    if cold:
+        r.vcpu.put()
+    before, removed = pauses(r.vm._state()), r.vm.stats.removed
+    r.vm.host.map(1 << 36, (1 << 36) + PAGE, 1 * G)
+    removed = r.vm.stats.removed - removed
+    assert removed > 20 * 1024
+    assert pauses(r.vm._state()) - before >= removed // 1600
+    r.vm.check()
+
+
+def test_checks_beside_faults_at_the_bound():
+    """A fault that finds no memory leaves a table for its second attempt to tidy: in between that is no finding."""
+    r = Rig(vcpus=2, contexts=2, max_table_bytes=1 * M)
+    table = r.tables.slot(0, 3) & -PAGE
+    r.tables.map_range(0, DATA, 2 * M)
+    ipas = np.arange(0, 1 * G, 2 * M, dtype=np.uint64)
+    for at in range(0, 1 * G, 2 * M):
+        r.tables.set(r.tables.slot(at, 2), table | 3)
+    r.vcpu.fault_many(ipas, READ)
+    assert r.vm.stats.evictions
+    with beside(lambda: r.vcpu.fault_many(ipas, READ)) as failures:
+        for _ in range(300):
+            r.vm.check()
+            assert not failures
+    r.vm.check()
+
+
 def test_unmapped_meanwhile():
     """Accesses to what a long unmap has in hand, where nothing was mapped either: RETRY until it is done, then populate
     is asked; never that nothing can be mapped."""
@@ -288,7 +355,10 @@ def test_unmapped_meanwhile():
     seen = set()
 
     def beside_it():
-        seen.update(r.vm.vcpus[1].fault_many(elsewhere, READ)["kind"].tolist())
+        rows = r.vm.vcpus[1].fault_many(elsewhere, READ)
+        seen.update(rows["kind"].tolist())
+        without = rows[rows["kind"] == RETRY]
+        assert not without["pa"].any() and not without["size"].any() and not without["perm"].any()
     with beside(beside_it):
         for n in range(3_000):
             r.vcpu.fault_many(TOGETHER * PAGE, READ)

@@ -1,6 +1,10 @@
 """Several threads on one engine: faults, changes and logging at once, bounded by counts, judged by what is left."""
 
+import subprocess
+import sys
+import textwrap
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -448,3 +452,45 @@ def test_no_lock_while_populating():
         thread.join()
     assert first[0].kind in (MAPPED, RETRY)
     r.vm.check()
+
+
+@pytest.mark.parametrize(
+    "look",
+    ["vm.host.leaves()", "vm.reverse(DATA)", "vm.shadow(0)", "vm.contexts", "vm.tables(0)", "r.load()",
+     "r.mem.regions"],
+)
+def test_a_finalizer_may_use_what_is_looked_at(look):
+    """Python collects garbage whenever it makes objects, also amid a listing of thousands: an embedder's finalizer that
+    unmaps its page and reads memory then waits for no lock that its own thread holds."""
+    script = f"""
+        import gc
+        from rig import DATA, HOST, PAGE, RAM, ROM, K, M, Rig
+        r = Rig(contexts=600)
+        vm = r.vm
+        r.tables.map(0, DATA)
+        for n in range(2000):
+            vm.host.map(0x2_0000_0000 + n * PAGE, HOST + 2 * n * PAGE, PAGE)
+            r.mem.add(0x3_0000_0000 + n * 8 * K, PAGE)
+        for vmid in range(1, 250):
+            r.load(vmid)
+            r.fault(0)
+        class Backing:
+            def __init__(self):
+                self.itself = self
+            def __del__(self):
+                vm.unmap(0x2_0000_0000, 0x2_0000_0000 + PAGE)
+                r.mem.read64(RAM)
+        gc.collect()
+        for n in range(20):
+            Backing()
+            {look}
+        """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=Path(__file__).parent, check=True, timeout=120)
+
+
+def test_a_vcpu_of_nobody():
+    """One that comes from no VM says so, and can be shown."""
+    vcpu = s2shadow.VCPU.__new__(s2shadow.VCPU)
+    assert "no context" in repr(vcpu)
+    with pytest.raises(RuntimeError, match=r"NestedVM\.vcpus"):
+        vcpu.fault(0)

@@ -1,0 +1,1 @@
+# no Python names: for cimport inside the package
