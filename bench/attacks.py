@@ -22,6 +22,7 @@ import numpy as np
 import s2shadow as s2
 from beside import beside
 from nest import HCR, VTCR
+from s2shadow._floor import pauses
 
 PAGE, BLOCK, GIB = 4 << 10, 2 << 20, 1 << 30
 DATA, TABLES = 1 << 40, 1 << 44
@@ -72,6 +73,18 @@ class Victim:
         return spent
 
 
+class Aliased(Victim):
+    """One page at ``count`` addresses, in equal shares in so many contexts, each on a vCPU of its own."""
+
+    def __init__(self, count, contexts=1):
+        super().__init__(contexts=contexts + 1, vcpus=contexts + 1)     # the last is for a bystander
+        self.contexts, self.ipas = contexts, u64(np.arange(count // contexts)) * u64(PAGE)
+        self.count = len(self.ipas) * contexts
+
+    def touch_all(self, access=s2.READ):
+        return [spent for vcpu in range(self.contexts) for spent in self.touch(self.ipas, access, vcpu)]
+
+
 def growth(spent):
     """Medians of the first, the fifth and the last tenth."""
     tenth, middle = max(1, len(spent) // 10), len(spent) * 4 // 10
@@ -91,21 +104,19 @@ def attack(name, spent, vm, operations, bound=None):
 # The attacks. ``count``: how many leaves, loads or operations.
 
 
+def alias(name, count, contexts):
+    v = Aliased(count, contexts)
+    spent = v.touch_all()
+    assert v.vm.stats.live == v.count
+    return v, attack(name, spent, v.vm, v.count)
+
+
 def alias_one_context(count):
-    v = Victim()
-    spent = v.touch(u64(np.arange(count)) * u64(PAGE))
-    assert v.vm.stats.live == count
-    return v, attack("one page at so many addresses of one context", spent, v.vm, count)
+    return alias("one page at so many addresses of one context", count, 1)
 
 
 def alias_many_contexts(count, contexts=64):
-    v = Victim(contexts=contexts + 1, vcpus=contexts)
-    spent = []
-    ipas = u64(np.arange(count // contexts)) * u64(PAGE)
-    for vcpu in range(contexts):
-        spent += v.touch(ipas, vcpu=vcpu)
-    assert v.vm.stats.live == len(ipas) * contexts
-    return v, attack(f"one page in {contexts} contexts", spent, v.vm, len(ipas) * contexts)
+    return alias(f"one page in {contexts} contexts", count, contexts)
 
 
 def scattered_pages(count):
@@ -194,7 +205,7 @@ ATTACKS = (
 )
 
 
-# What the host does to the page with all the aliases, and who has to wait
+# What the host and TLBIs do to the page with all the aliases, and who has to wait
 
 
 class Bystander:
@@ -213,10 +224,32 @@ class Bystander:
         self.waits.append(perf_counter_ns() - began)
 
 
-def host_events(victim, vcpu):
-    """Each change of the aliased page, timed, with a bystander's longest and its usual call beside it."""
+def timed(victim, event):
+    """What an event gave, and its time, its pauses (a bystander only faults, which has none), and the bystander's
+    longest and usual call."""
+    bystander, state = Bystander(victim, victim.vm.vcpus[-1]), victim.vm._state()
+
+    def await_calls(count):
+        while len(bystander.waits) < count and not failures:
+            sleep(0.001)
+
+    with beside(bystander.call) as failures:
+        await_calls(50)
+        before, paused = len(bystander.waits), pauses(state)
+        began = perf_counter_ns()
+        got = event()
+        spent = perf_counter_ns() - began
+        after, paused = len(bystander.waits), pauses(state) - paused
+        await_calls(after + 1)              # the one that the event's end may have found waiting
+    during = bystander.waits[before : after + 1]
+    victim.vm.check()
+    return got, {"ns": spent, "pauses": paused, "longest": max(during), "calls": len(during),
+                 "usual": statistics.median(bystander.waits[:before])}
+
+
+def host_events(victim):
+    """Each change of the aliased page, timed."""
     vm, end = victim.vm, DATA + PAGE
-    everything = u64(np.arange(vm.stats.live)) * u64(PAGE)
     events = (
         ("age", lambda: vm.age(DATA, end)),
         ("protect (takes W)", lambda: vm.host.protect(DATA, end, "rx")),
@@ -227,37 +260,35 @@ def host_events(victim, vcpu):
         ("unmap", lambda: vm.unmap(DATA, end)),
     )
     for name, event in events:
-        if name in ("log_dirty", "unmap"):  # it has all its leaves again
-            victim.touch(everything, s2.WRITE)
-        if name.startswith("dirty_log"):
-            victim.touch(everything, s2.WRITE)
+        if name in ("log_dirty", "dirty_log after a write", "unmap"):   # it has all its leaves again, written to
+            victim.touch_all(s2.WRITE)
         live = vm.stats.live
-        bystander = Bystander(victim, vcpu)
-        with beside(bystander.call) as failures:
-            while len(bystander.waits) < 50 and not failures:
-                sleep(0.001)
-            before = len(bystander.waits)
-            began = perf_counter_ns()
-            event()
-            spent = perf_counter_ns() - began
-            after = len(bystander.waits)
-        during = bystander.waits[before : after + 1]
-        vm.check()
-        yield {"name": name, "leaves": live, "ns": spent, "longest": max(during), "calls": len(during),
-               "usual": statistics.median(bystander.waits[:before])}
+        yield {"name": name, "leaves": live, **timed(victim, event)[1]}
+
+
+def tlbi_of_all(victim):
+    """The TLBI that takes the leaves of every context, timed."""
+    victim.vm.host.map(DATA, HOST + PAGE, PAGE)     # what the host did last was to unmap it
+    victim.touch_all()
+    got, row = timed(victim, lambda: victim.vm.vcpus[0].tlbi("ALLE1IS"))
+    assert got.removed >= victim.count
+    return {"name": "ALLE1IS", "leaves": got.removed, **row}
 
 
 def run(small):
-    rows, events = [], []
+    """Rows: of the attacks; of the host's events, by what the table is of; of the TLBIs."""
+    rows, events, tlbis = [], {}, []
     sys.setswitchinterval(1e-5)             # whoever comes out of the engine gets the GIL soon
     for call, full, little in ATTACKS:
         victim, row = call(little if small else full)
         print(f"{row['name']}: {row['first']:.0f} -> {row['last']:.0f} ns", file=sys.stderr)
         rows.append(row)
-        if call is alias_one_context:
-            events = list(host_events(victim, victim.vm.vcpus[1]))
+        if isinstance(victim, Aliased):
+            events[row["name"]] = list(host_events(victim))
+        if call is alias_many_contexts:
+            tlbis.append(tlbi_of_all(victim))
         del victim
-    return rows, events
+    return rows, events, tlbis
 
 
 def megabytes(count):
@@ -270,14 +301,26 @@ memory that the system has yet to give); bytes of tables, links and reverse map.
 
 | attack | operations | first | middle | last | last / first | leaves | bytes | bound | evictions |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"""
-EVENTS_TEXT = """What the host then does to the page that has all the aliases, in chunks; and a vCPU of another context,
-which touches 32 pages of its own in a loop meanwhile: its longest call during the event, and its usual one.
+EVENTS_TEXT = """What the host then does to the page with all the aliases, in chunks, for each attack that made them.
+*Pauses*: how often the event let go of the lock for others before it was done. Meanwhile a vCPU of another context
+touches 32 pages of its own in a loop: its longest call during the event, and its usual one."""
+EVENTS_TABLE = """| event | leaves | time | per leaf | pauses | longest call beside | usual call | calls beside |
+|---|---:|---:|---:|---:|---:|---:|---:|"""
+TLBIS_TEXT = """A TLBI of everything in those contexts, with all the aliases there again; the same vCPU is beside, and
+the leaves of its own go as well.
 
-| event | leaves | time | per leaf | longest call beside | usual call | calls beside |
-|---|---:|---:|---:|---:|---:|---:|"""
+| TLBI | leaves removed | time | per leaf | pauses | longest call beside |
+|---|---:|---:|---:|---:|---:|"""
 
 
-def markdown(rows, events):
+def took(row):
+    """The cells that the tables of events and of TLBIs share."""
+    each = f"{row['ns'] / row['leaves']:,.0f} ns"
+    return (f"| {row['name']} | {row['leaves']:,} | {row['ns'] / 1e6:,.2f} ms | {each} | {row['pauses']:,} "
+            f"| {row['longest'] / 1e6:,.2f} ms |")
+
+
+def markdown(rows, events, tlbis):
     machine = f"{processor()}, Python {platform.python_version()}"
     yield "# Attacks on resources\n"
     yield f"Measured {datetime.date.today():%d %B %Y} on {machine}, shared with other work, by"
@@ -288,10 +331,13 @@ def markdown(rows, events):
         ratio = row["last"] / row["first"]
         yield f"| {row['name']} | {row['operations']:,} | {times} | {ratio:.2f} | {held} | {row['evictions']:,} |"
     yield f"\n{EVENTS_TEXT}"
-    for row in events:
-        each = row["ns"] / row["leaves"]
-        beside = f"{row['longest'] / 1e6:,.2f} ms | {row['usual'] / 1e3:,.1f} us | {row['calls']:,}"
-        yield f"| {row['name']} | {row['leaves']:,} | {row['ns'] / 1e6:,.2f} ms | {each:,.0f} ns | {beside} |"
+    for name, changes in events.items():
+        yield f"\nAfter *{name}*:\n\n{EVENTS_TABLE}"
+        for row in changes:
+            yield f"{took(row)} {row['usual'] / 1e3:,.1f} us | {row['calls']:,} |"
+    yield f"\n{TLBIS_TEXT}"
+    for row in tlbis:
+        yield took(row)
 
 
 def processor():
@@ -308,8 +354,7 @@ def main(argv=None):
     parser.add_argument("--small", action="store_true", help="few operations: to see that it works")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there instead of to stdout")
     args = parser.parse_args(argv)
-    rows, events = run(args.small)
-    text = "\n".join(markdown(rows, events)) + "\n"
+    text = "\n".join(markdown(*run(args.small))) + "\n"
     if args.markdown:
         args.markdown.write_text(text, encoding="utf-8")
     else:

@@ -134,7 +134,8 @@ def fill(vm: NestedVM, l1: CapturedVM, mem: GuestMemory) -> None:
     guest = leaves(mem, l1.config())
     guest = guest[guest["perm"] != 0]
     at, end, perm = overlaps(guest, vm.host.leaves())
-    access = np.select([perm & READ != 0, perm & WRITE != 0, perm & EXEC != 0], [READ, WRITE, EXEC], EXEC | EL0)
+    masks = [int(READ), int(WRITE), int(EXEC)]          # numpy loses Ctrl-C where it asks members of enums
+    access = np.select([perm & mask != 0 for mask in masks], masks, int(EXEC | EL0))
     while len(at):
         at = fault_once(vm.vcpus[0], at, access.astype(np.uint8))
         rest = at < end
@@ -144,7 +145,7 @@ def fill(vm: NestedVM, l1: CapturedVM, mem: GuestMemory) -> None:
 def fault_once(vcpu: VCPU, at: npt.NDArray[np.uint64], access: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
     """Fault in each address -> the address behind what that mapped, or behind the page where nothing could be."""
     done = vcpu.fault_many(at, access)
-    mapped = (done["kind"] == HIT) | (done["kind"] == MAPPED)
+    mapped = (done["kind"] == int(HIT)) | (done["kind"] == int(MAPPED))
     size = np.where(mapped, done["size"], np.uint64(4096))
     return (at // size + np.uint64(1)) * size
 

@@ -7,6 +7,7 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -43,7 +44,10 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if sys.stdout is None:                  # closed, as by >&-
+        return complain("stdout is closed")
     try:
+        replace_closed()
         return dispatch(sys.argv[1:] if argv is None else list(argv))
     except UsageError as error:
         return complain(str(error))
@@ -52,8 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BROKEN_PIPE
     except OSError as error:        # of a path that cannot even be looked at
         return complain(f"cannot read {error.filename}: {error_text(error)}" if error.filename else error_text(error))
+    except MemoryError as error:
+        return complain(f"out of memory: {error}" if str(error) else "out of memory")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def replace_closed() -> None:
+    """A closed stdin is an empty one; what is written to a closed stderr is lost, and does not go elsewhere."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
 
 
 def dispatch(argv: list[str]) -> int:
@@ -77,7 +91,9 @@ def dispatch(argv: list[str]) -> int:
 
 
 def complain(message: str) -> int:
-    print(f"s2shadow: {' '.join(message.split())}", file=sys.stderr)
+    if sys.stderr is not None:
+        line = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(message.split()))
+        print(f"s2shadow: {line}", file=sys.stderr)
     return EXIT_USAGE
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 import zlib
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ class Journal:
         self.records: list[dict[str, Any]] = []
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            if not stat.S_ISREG(os.fstat(self.file).st_mode):
+                raise JournalError(f"{self.path}: not a file")
             self.lock()
             self.read()
             if restart:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ from s2shadow.ranges import (
     merge,
 )
 
+LONGEST_LINE = 4096
 MARKER = "---[ Guest IPA ]---"
 UNITS = "KMGTPE"
 XN_TEXT = ("px ux ", "PXNux ", "PXNUXN", "px UXN")
@@ -108,8 +109,13 @@ def parse_kernel_text(lines: str | Iterable[str], name: str = "kernel dump") -> 
     if isinstance(lines, str):
         lines = io.StringIO(lines, newline="\n")
     reader = KernelReader(name)
+    from_file = isinstance(lines, io.TextIOBase)
+    if isinstance(lines, io.TextIOBase):
+        lines = iter(partial(lines.readline, LONGEST_LINE), "")     # a file without lines may have no end
     for line in lines:
-        if isinstance(lines, io.IOBase) and not line.endswith("\n"):
+        if from_file and not line.endswith("\n"):
+            if len(line) == LONGEST_LINE:
+                reader.read(line)           # which says what it should have been
             raise DumpError(f"{name}: line {reader.number + 1} is cut short: {shown(line)}")
         reader.read(line)
     return reader.rows()

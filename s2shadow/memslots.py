@@ -23,7 +23,8 @@ __all__ = ["HVA_KINDS", "PIECE_DTYPE", "Memslot", "Memslots", "Piece", "parse_me
 FOREVER = (1 << 64) - 1
 PAGE = 4096
 UNITS = {"K": 10, "M": 20, "G": 30, "T": 40}
-HVA_KINDS = (EventKind.UNMAP_HVA, EventKind.AGE_HVA, EventKind.TEST_AGE_HVA, EventKind.MN_START, EventKind.MN_END)
+HVA_KINDS = tuple(map(int, (EventKind.UNMAP_HVA, EventKind.AGE_HVA, EventKind.TEST_AGE_HVA, EventKind.MN_START,
+                            EventKind.MN_END)))
 
 PIECE_DTYPE = np.dtype([("row", "u8"), ("start", "u8"), ("end", "u8"), ("vm", "u2")])
 
@@ -135,7 +136,7 @@ class Memslots:
         The probe sees calls, not whether they succeeded.
         """
         history = SlotHistory()
-        for row in events[events["kind"] == EventKind.MEMSLOT]:
+        for row in events[events["kind"] == int(EventKind.MEMSLOT)]:
             vm = int(row["vm"]) if row["vm"] != UNKNOWN else 0
             history.set(int(row["value"]), Memslot(int(row["start"]), int(row["va"]),
                                                    int(row["end"]) - int(row["start"]), vm, int(row["time"])))

@@ -78,7 +78,8 @@ ROLES = ("l1", "l0")
 POINTS = 400            # of the time line, at most
 LARGEST = 8
 NEVER = 1 << 64
-NESTED = (K.NESTED_ERET, K.NESTED_EXCEPTION, K.WALK_NESTED, K.SHADOW_LOOKUP, K.HANDLE_TLBI, K.NESTED_UNMAP)
+NESTED = tuple(map(int, (K.NESTED_ERET, K.NESTED_EXCEPTION, K.WALK_NESTED, K.SHADOW_LOOKUP, K.HANDLE_TLBI,
+                         K.NESTED_UNMAP)))
 MN_EVENTS = ("UNMAP", "CLEAR", "PROTECTION_VMA", "PROTECTION_PAGE")
 
 
@@ -211,7 +212,7 @@ class Session:
         """Count what was recorded, before anything is left out."""
         numbers = np.bincount(rows["kind"])
         self.events.update({int(kind): int(numbers[kind]) for kind in np.flatnonzero(numbers)})
-        table = rows[rows["kind"] == K.TLBI]
+        table = rows[rows["kind"] == int(K.TLBI)]
         words = table["insn"].astype(np.uint64) & np.uint64(0xFFFF_FFE0)
         keys, times = np.unique(words << np.uint64(8) | table["el"], return_counts=True)
         self.instructions.update(dict(zip(keys.tolist(), times.tolist(), strict=True)))

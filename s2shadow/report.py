@@ -393,7 +393,7 @@ def check_writable(file: str) -> None:
     if not os.path.isdir(folder):
         raise FileNotFoundError(2, f"no folder {os.path.dirname(file) or folder}")
     with contextlib.suppress(FileNotFoundError):
-        os.lstat(target)                # a name that is too long
+        os.stat(target)                 # a name that is too long, links in a circle
     descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=".s2shadow.")
     os.close(descriptor)
     os.unlink(temporary)

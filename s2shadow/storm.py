@@ -64,6 +64,9 @@ POLICIES = TEARDOWNS
 DEFAULT_POLICIES = (REVERSE_MAP, "blow-away", "blow-away-lean")     # what is, and what we do instead
 TLBI_MODES = ("exact", "kvm72")
 MOST_CONTEXTS = 65534           # host VMIDs of an engine
+MOST_EVENTS = 1_000_000_000
+HIT_KIND, MAPPED_KIND = int(Kind.HIT), int(Kind.MAPPED)     # numpy asks members of enums for what they do not have, and
+                                                            # loses a KeyboardInterrupt that comes meanwhile
 
 U64 = npt.NDArray[np.uint64]
 Progress = Callable[[str, float], None]
@@ -106,6 +109,8 @@ class StormConfig:
         for name in ("contexts", "pages", "aliases", "events", "event_pages", "min_events"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.events > MOST_EVENTS:
+            raise ValueError(f"events must be at most {MOST_EVENTS:,}, got {self.events:,}")
         if not 0 <= self.block_mix <= 1:
             raise ValueError(f"block_mix must be between 0 and 1, got {self.block_mix}")
         if self.seed < 0:
@@ -540,9 +545,9 @@ class Rig:
         began = time.perf_counter_ns()
         vcpu.fault_many(ipas, self.access, out=out)
         spent = time.perf_counter_ns() - began
-        mapped = int(np.count_nonzero(out["kind"] == MAPPED))
+        mapped = int(np.count_nonzero(out["kind"] == MAPPED_KIND))
         if mapped != len(ipas):
-            wrong = np.flatnonzero((out["kind"] != MAPPED) & (out["kind"] != HIT))
+            wrong = np.flatnonzero((out["kind"] != MAPPED_KIND) & (out["kind"] != HIT_KIND))
             if len(wrong):
                 fail_fault(int(out["kind"][wrong[0]]), int(ipas[wrong[0]]))
         return spent, mapped
@@ -601,7 +606,7 @@ class Rig:
         spent = mapped = 0
         for vcpu, plan in zip(self.vcpus, self.workload.contexts, strict=True):
             found = vcpu.translate_many(plan.ipas, self.access)
-            missing = plan.ipas[found["kind"] != HIT]
+            missing = plan.ipas[found["kind"] != HIT_KIND]
             if len(missing):
                 ns, count = self.fault_batch(vcpu, missing)
                 spent, mapped = spent + ns, mapped + count
@@ -612,7 +617,7 @@ class Rig:
         for i, (vcpu, plan) in enumerate(zip(self.vcpus, self.workload.contexts, strict=True)):
             out = self.out[:len(plan.ipas)]
             vcpu.fault_many(plan.ipas, self.access, out=out)
-            misses = np.flatnonzero(out["kind"] != HIT)
+            misses = np.flatnonzero(out["kind"] != HIT_KIND)
             if len(misses):
                 raise StormError(f"context {i}: IPA {int(plan.ipas[misses[0]]):#x} was not mapped at the end")
 

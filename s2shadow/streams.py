@@ -27,7 +27,7 @@ from s2shadow.events import EventKind as K
 
 __all__ = ["Merger", "merge"]
 
-FLUSH_PROBES = (K.TLB_IPA, K.TLB_IPA_NSH, K.TLB_RANGE, K.TLB_VMID, K.TLB_CPU, K.TLB_ALL)
+FLUSH_PROBES = tuple(map(int, (K.TLB_IPA, K.TLB_IPA_NSH, K.TLB_RANGE, K.TLB_VMID, K.TLB_CPU, K.TLB_ALL)))
 # VMALLE1IS, VMALLE1, VMALLS12E1IS, VMALLS12E1, ALLE1IS, ALLE1, Rt left out: KVM ends each flush with one of them
 FLUSH_ENDS = (0xD5088300, 0xD5088700, 0xD50C83C0, 0xD50C87C0, 0xD50C8380, 0xD50C8780)
 RT = np.uint32(0x1F)
@@ -70,11 +70,11 @@ class Merger:
             found = rows[np.isin(rows["kind"], FLUSH_PROBES)]
             names = found["root"]
         else:
-            found = rows[(rows["kind"] == K.HANDLE_TLBI) & (rows["insn"] >> 16 & 7 == 4)]
+            found = rows[(rows["kind"] == int(K.HANDLE_TLBI)) & (rows["insn"] >> 16 & 7 == 4)]
             names = found["value"]
         for cpu, time, name in zip(found["cpu"].tolist(), found["time"].tolist(), names.tolist(), strict=True):
             self.waiting_text.setdefault(cpu, deque()).append((time, name))
-        maps = np.flatnonzero(rows["kind"] == K.MAP)
+        maps = np.flatnonzero(rows["kind"] == int(K.MAP))
         first, at = np.unique(rows["root"][maps], return_index=True)
         for root, row in zip(first.tolist(), maps[at].tolist(), strict=True):
             if root not in self.roots_text:
@@ -84,7 +84,7 @@ class Merger:
     def entry_before(rows: Events) -> int:
         """When the guest was entered whose fault led to the map in the last of ``rows``."""
         map_ = rows[-1]
-        faults = np.flatnonzero((rows["kind"] == K.GUEST_FAULT) & (rows["pid"] == map_["pid"]))
+        faults = np.flatnonzero((rows["kind"] == int(K.GUEST_FAULT)) & (rows["pid"] == map_["pid"]))
         return int(rows["time"][faults[-1]] if len(faults) else map_["time"]) - ENTRY_TO_FAULT
 
     def table_ties(self, rows: Events) -> None:
@@ -96,19 +96,19 @@ class Merger:
             names = found["value"]
         for cpu, time, name in zip(found["cpu"].tolist(), found["time"].tolist(), names.tolist(), strict=True):
             self.waiting_table.setdefault(cpu, deque()).append((time, name))
-        entries = rows[rows["kind"] == K.ENTER]
+        entries = rows[rows["kind"] == int(K.ENTER)]
         first, at = np.unique(entries["vttbr"] & BADDR, return_index=True)
         for root, time in zip(first.tolist(), entries["time"][at].tolist(), strict=True):
             self.roots_table.setdefault(root, time)
 
     @staticmethod
     def flush_ends(rows: Events) -> npt.NDArray[np.bool_]:
-        return (rows["kind"] == K.TLBI) & (rows["el"] == 2) & np.isin(rows["insn"] & ~RT, FLUSH_ENDS)
+        return (rows["kind"] == int(K.TLBI)) & (rows["el"] == 2) & np.isin(rows["insn"] & ~RT, FLUSH_ENDS)
 
     @staticmethod
     def trapped(rows: Events) -> npt.NDArray[np.bool_]:
         """L1's own stage-2 TLBIs by address: its virtual EL2 is EL1 to the machine."""
-        return (rows["kind"] == K.TLBI) & (rows["el"] == 1) & (rows["insn"] >> 16 & 7 == 4)
+        return (rows["kind"] == int(K.TLBI)) & (rows["el"] == 1) & (rows["insn"] >> 16 & 7 == 4)
 
     def tie(self) -> None:
         """Move what both have seen to the anchors."""
@@ -159,7 +159,7 @@ class Merger:
         if not len(anchors) or not self.ties:
             return fixed
         if self.role == "l1":
-            ends, members = self.flush_ends(rows), (rows["kind"] == K.TLBI) & (rows["el"] == 2)
+            ends, members = self.flush_ends(rows), (rows["kind"] == int(K.TLBI)) & (rows["el"] == 2)
         else:
             ends = members = self.trapped(rows)
         at = np.flatnonzero(ends)

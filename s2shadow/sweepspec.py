@@ -28,6 +28,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from s2shadow.inputs import open_input, read_input
 from s2shadow.storm import DEFAULT_POLICIES, REVERSE_MAP, StormConfig
 
 __all__ = ["EXAMPLE", "KEYS", "Spec", "SpecError", "load_spec", "parse_spec", "points"]
@@ -68,6 +70,8 @@ events      = 200
 """
 
 MOST_POINTS = 100_000
+MOST_BYTES = 1 << 20
+MOST_DOTS = 100                     # in one key: what reads TOML takes the square of their number
 KEYS: dict[str, type] = {
     "capture": str, "vm": int, "contexts": int, "pages": int, "aliases": int, "block_mix": float, "events": int,
     "event_pages": int, "write": bool, "teardown": str, "tlbi": str, "seed": int, "seconds": float, "min_events": int,
@@ -93,19 +97,31 @@ def load_spec(file: str | os.PathLike[str]) -> Spec:
     """Read and check a spec; ``-`` is stdin. ``SpecError`` for anything that is wrong with it."""
     name = "stdin" if os.fspath(file) == "-" else os.fspath(file)
     try:
-        data = sys.stdin.buffer.read() if name == "stdin" else Path(file).read_bytes()
+        if name == "stdin":
+            data = read_input(sys.stdin.buffer, MOST_BYTES)
+        else:
+            with open_input(file) as stream:
+                data = read_input(stream, MOST_BYTES)
     except (OSError, ValueError) as error:
         raise SpecError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
+    if not data.strip():
+        raise SpecError(f"{name}: it is empty; sweep --example prints a spec")
     folder = Path(".") if name == "stdin" else Path(file).parent
     return parse_spec(data, name, folder)
 
 
 def parse_spec(data: bytes, name: str, folder: Path) -> Spec:
     try:
-        table = tomllib.loads(data.decode())
+        text = data.decode()
+        check_dots(text, name)
+        table = tomllib.loads(text)
     except UnicodeDecodeError:
         raise SpecError(f"{name}: not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:       # not only its own: numbers too long, tables too deep
+    except RecursionError:
+        raise SpecError(f"{name}: lists or tables inside each other too deeply") from None
+    except SpecError:
+        raise
+    except ValueError as error:             # not only its own: numbers too long
         raise SpecError(f"{name}: {error}") from None
     grids = table.pop("grid", [{}])
     if not (isinstance(grids, list) and grids and all(isinstance(grid, dict) for grid in grids)):
@@ -123,6 +139,12 @@ def parse_spec(data: bytes, name: str, folder: Path) -> Spec:
         except ValueError as error:
             raise SpecError(f"{at}: {error}") from None
     return spec
+
+
+def check_dots(text: str, name: str) -> None:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > MOST_DOTS and any(part.count(".") > MOST_DOTS for part in re.split(r"[,=\[\]{}]", line)):
+            raise SpecError(f"{name}: line {number} has a key of more than {MOST_DOTS} parts")
 
 
 def merge(shared: dict[str, tuple[Any, ...]], grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
@@ -145,6 +167,8 @@ def check_keys(table: dict[str, Any], where: str, folder: Path) -> dict[str, tup
             raise SpecError(f"{where}: {key} is an empty list")
         checked = [check_value(key, value, where) for value in values]
         if key == "capture":
+            if "" in checked:
+                raise SpecError(f"{where}: capture: no folder ''")
             checked = [value if value == SHIPPED else os.path.abspath(folder / value) for value in checked]
         found[key] = tuple(dict.fromkeys(checked))
     return found

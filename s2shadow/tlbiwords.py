@@ -45,9 +45,12 @@ def operation(text: str) -> str | int:
     if re.fullmatch(r"[dD]5[0-9a-fA-F]{6}", text):
         return int(text, 16)
     try:
-        return int(text, 0)
+        word = int(text, 0)
     except ValueError:
         return text
+    if word < 0:
+        raise ValueError(f"OP must be a name or an instruction word of 32 bits, got {text}")
+    return word
 
 
 def describe(op: str | int, xt: int | None = None, vtcr: int | None = None) -> Description:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from s2shadow.engine import TLBI_OP_DTYPE
 from s2shadow.events import EVENT_DTYPE, RAW_ROW, UNKNOWN, EventKind, Events, Note, TraceError, fault_access
+from s2shadow.inputs import open_input
 from s2shadow.report import write_whole
 from s2shadow.tracelines import CSV_KINDS, CsvParser, Tally, TextParser, csv_header, shapes
 
@@ -269,7 +270,7 @@ def opened(source: str | os.PathLike[str] | BinaryIO) -> Iterator[Any]:
         yield sys.stdin.buffer
     else:
         try:
-            stream = open(source, "rb")
+            stream = open_input(source)
         except OSError as error:
             raise TraceError(f"cannot read {source_name(source)}: {error.strerror}") from None
         with stream:
@@ -395,7 +396,7 @@ def first_line(error: BaseException) -> str:
 
 def tlbi_ops(events: Events) -> npt.NDArray[np.void]:
     """The TLBI rows of the CSV as ``TLBI_OP_DTYPE[n]`` for ``vm.tlbi_many``, each with the registers of its row."""
-    rows = events[events["kind"] == EventKind.TLBI]
+    rows = events[events["kind"] == int(EventKind.TLBI)]
     ops = np.zeros(len(rows), TLBI_OP_DTYPE)
     ops["flags"] = 1
     ops["xt"] = rows["value"]
@@ -415,10 +416,12 @@ class VMNumbers:
     """
 
     # by a vCPU's own thread; others, as unmap and age, come from any task
-    OWN = (EventKind.MAP, EventKind.RELAX, EventKind.MKYOUNG, EventKind.TLB_CPU, EventKind.TLB_IPA_NSH)
-    BY_TASK = (EventKind.GUEST_FAULT, EventKind.ACCESS_FAULT, EventKind.EXIT, EventKind.SYS_ACCESS,
-               EventKind.NESTED_ERET, EventKind.NESTED_EXCEPTION, EventKind.SHADOW_LOOKUP, EventKind.WALK_NESTED,
-               EventKind.INJECT_FAULT, EventKind.HANDLE_TLBI)
+    OWN = tuple(map(int, (EventKind.MAP, EventKind.RELAX, EventKind.MKYOUNG, EventKind.TLB_CPU,
+                          EventKind.TLB_IPA_NSH)))
+    BY_TASK = tuple(map(int, (
+        EventKind.GUEST_FAULT, EventKind.ACCESS_FAULT, EventKind.EXIT, EventKind.SYS_ACCESS, EventKind.NESTED_ERET,
+        EventKind.NESTED_EXCEPTION, EventKind.SHADOW_LOOKUP, EventKind.WALK_NESTED, EventKind.INJECT_FAULT,
+        EventKind.HANDLE_TLBI)))
 
     def __init__(self, roots: Mapping[int, int] | None = None):
         self.roots = dict(roots or {})
@@ -427,11 +430,11 @@ class VMNumbers:
 
     def number(self, events: Events) -> Events:
         """Fill ``vm`` of rows that do not know theirs, in place -> the same array."""
-        destroyed = np.flatnonzero(events["kind"] == EventKind.DESTROY)
+        destroyed = np.flatnonzero(events["kind"] == int(EventKind.DESTROY))
         start = 0
         for at in [*destroyed.tolist(), len(events) - 1]:
             self.number_part(events[start:at + 1])
-            if at >= 0 and events["kind"][at] == EventKind.DESTROY:
+            if at >= 0 and events["kind"][at] == int(EventKind.DESTROY):
                 self.roots.pop(int(events["root"][at]), None)
             start = at + 1
         return events

@@ -288,7 +288,7 @@ class TextParser:
                 self.tally.reject(line, text)
 
     def take_notes(self, rows: Events, values: npt.NDArray[np.uint64], block: bytes) -> None:
-        for at in np.flatnonzero(rows["kind"] == EventKind.NOTE).tolist():
+        for at in np.flatnonzero(rows["kind"] == int(EventKind.NOTE)).tolist():
             text = block[values[at, 0]:values[at, 1]].strip().removeprefix(b"tracing_mark_write: ")
             rows["value"][at] = self.tally.note(int(rows["time"][at]), text)
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -201,3 +203,96 @@ def test_a_flipped_digit_of_a_journal(run, tmp_path, monkeypatch):
 def test_journal(sweep, name):
     code, out, err = sweep(EDITS[name])
     assert (code, out) == (2, "") and "out.csv.journal: a record of another version: " in err and err.count("\n") == 1
+
+
+# Streams, devices, sizes
+
+
+def with_closed(descriptor, *argv):
+    """The command line in a process that starts with one of its standard streams closed."""
+    return subprocess.run([sys.executable, "-m", "s2shadow", *map(str, argv)], text=True, capture_output=True,
+                          stdin=subprocess.DEVNULL, timeout=60, preexec_fn=lambda: os.close(descriptor))
+
+
+@pytest.mark.parametrize("argv", [("diff", "-", PLAIN), ("replay", "-"), ("sweep", "-", "-o", "x.csv")])
+def test_closed_stdin(argv):
+    done = with_closed(0, *argv)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("s2shadow: stdin")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [("dump", PLAIN), ("dump", PLAIN, "--json"), ("tlbi", "ALLE1")])
+def test_closed_stdout(argv):
+    done = with_closed(1, *argv)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "s2shadow: stdout is closed\n")
+
+
+def test_closed_stderr():
+    """A message has nowhere to go then, and does not go among the data."""
+    done = with_closed(2, "dump", "nowhere")
+    assert (done.returncode, done.stdout) == (2, "")
+    done = with_closed(2, "dump", PLAIN)
+    assert done.returncode == 0 and done.stdout
+
+
+@pytest.mark.parametrize("argv", [("diff", "/dev/zero", PLAIN), ("replay", "/dev/zero"), ("sweep", "/dev/zero")])
+def test_a_device(refused, argv):
+    """It has no end."""
+    refused("cannot read /dev/zero: it is a device", *argv)
+
+
+def test_one_endless_line(refused, tmp_path):
+    (tmp_path / "zeros").write_bytes(bytes(1 << 20))
+    refused("zeros: line 1: must be", "diff", tmp_path / "zeros", PLAIN)
+    (tmp_path / "dump").write_bytes(b"---[ Guest IPA ]---\n" + bytes(1 << 20))
+    refused("dump: line 2: not a range as Linux 7.2 prints it", "diff", tmp_path / "dump", PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (b"", "it is empty; sweep --example prints a spec"),
+        (b" \n\n", "it is empty; sweep --example prints a spec"),
+        (b"pages = [64]\n" + b"a." * 50_000 + b"b = 1\n", "line 2 has a key of more than 100 parts"),
+        (b"grid = {" + b"a." * 50_000 + b"b = 1}\n", "line 1 has a key of more than 100 parts"),
+        (b"[" + b"a." * 50_000 + b"b]\n", "line 1 has a key of more than 100 parts"),
+        (b"#" * ((1 << 20) + 1), "it has more than 1,048,576 bytes"),
+        (b"pages = " + b"[" * 5_000, "lists or tables inside each other too deeply"),
+        (b'capture = ""\n', "capture: no folder ''"),
+        (b'capture = "nowhere"\n', "capture: no folder"),
+    ],
+)
+def test_a_spec_that_is_none(refused, tmp_path, spec, message):
+    (tmp_path / "spec.toml").write_bytes(spec)
+    refused(message, "sweep", tmp_path / "spec.toml", "-o", tmp_path / "x.csv")
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_many_numbers_are_no_key(run, tmp_path):
+    (tmp_path / "spec.toml").write_text(f"block_mix = [{', '.join(f'0.{n:03}' for n in range(200))}]\n")
+    assert run("sweep", tmp_path / "spec.toml", "--list")[0] == 0
+
+
+def test_out_of_memory(refused, monkeypatch):
+    """Wherever it comes from."""
+    def none(argv):
+        raise MemoryError
+    monkeypatch.setattr("s2shadow.cli.dispatch", none)
+    refused("out of memory", "dump", PLAIN)
+
+
+def test_names_that_would_steer_a_terminal(run):
+    code, _, err = run("dump", "no\x1b[31m\x07where")
+    assert code == 2 and err.isprintable() is False and "\x1b" not in err and "no\\x1b[31m\\x07where" in err
+
+
+@pytest.mark.parametrize(
+    ("message", "argv"),
+    [
+        ("events must be at most 1,000,000,000, got 99,999,999,999", ("storm", "--synthetic", "--events", 99999999999)),
+        ("OP must be a name or an instruction word of 32 bits, got -1", ("tlbi", "--", "-1")),
+        ("-o needs the name of a folder", ("dump", PLAIN, "-o", "")),
+    ],
+)
+def test_names_what_is_wrong(refused, message, argv):
+    refused(message, *argv)

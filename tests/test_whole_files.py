@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -196,3 +197,75 @@ def test_interrupted_folder(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_folder(str(tmp_path / "out"), {"a": "1", "b": "2", "nested/c": "3", "d": "4"})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "option"),
+    [
+        (("sweep", "@/spec.toml", "-o", "@/kept.csv", "--json", "@/spec.toml"), "--json"),
+        (("sweep", "@/spec.toml", "-o", "@/kept.csv", "--json", "@/link.toml"), "--json"),
+        (("sweep", "@/spec.toml", "-o", "@/kept.csv", "--json", "@/hard.toml"), "--json"),
+        (("sweep", "@/spec.toml", "-o", "@/kept.csv", "--csv", "@/kept.csv.journal"), "--csv"),
+        (("sweep", "@/spec.csv", "-o", "@/spec.csv"), "--output"),
+        ((*REPLAY, "--json", "@/trace.txt"), "--json"),
+        (("replay", "@/trace.html", "--report", "@/trace.html"), "--report"),
+        (("walk", "@/capture", "0x1000", "--json", "@/capture/registers.json"), "--json"),
+        (("dump", "@/capture", "--csv", "@/capture/tables.npz"), "--csv"),
+        (("diff", "@/capture", "@/a.json", "--json", "@/a.json"), "--json"),
+        (("storm", "--capture", "@/capture", "--json", "@/capture/tables.npz"), "--json"),
+    ],
+)
+def test_no_input_is_overwritten(run, folder, argv, option):
+    """Nor under another name."""
+    shutil.copytree(PLAIN, folder / "capture")
+    (folder / "link.toml").symlink_to("spec.toml")
+    os.link(folder / "spec.toml", folder / "hard.toml")
+    shutil.copy(folder / "spec.toml", folder / "spec.csv")
+    shutil.copy(folder / "trace.txt", folder / "trace.html")
+    (folder / "a.json").write_text(run("dump", PLAIN, "--json")[1])
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    argv = [str(argument).replace("@", str(folder)) for argument in argv]
+    code, out, err = run(*argv)
+    file = argv[-1]
+    assert (code, out, err) == (2, "", f"s2shadow: {option} {file} would take the place of what is read\n")
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+def test_results_beside_what_they_are_of(run, folder):
+    """A capture's folder may hold results too, and they may be made anew."""
+    shutil.copytree(PLAIN, folder / "capture")
+    for _ in range(2):
+        assert run("dump", folder / "capture", "--json", folder / "capture" / "dump.json")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("storm", *TINY, "--json", "@/a", "--csv", "@/a"),
+        ("storm", *TINY, "--json", "@/a.svg", "--plot", "@/link.svg"),
+        (*REPLAY, "--csv", "@/a.html", "--report", "@/a.html"),
+        ("sweep", "@/spec.toml", "-o", "@/a.csv", "--csv", "@/a.csv"),
+        ("dump", PLAIN, "--json", "@/a", "--csv", "@/../{}/a"),
+    ],
+)
+def test_two_outputs_are_two_files(refused, folder, argv):
+    pytest.importorskip("matplotlib")
+    (folder / "link.svg").symlink_to("a.svg")
+    argv = [str(argument).replace("@", str(folder)).format(folder.name) for argument in argv]
+    refused("must be different files", *argv)
+    assert not any(folder.glob("a*"))
+
+
+def test_links_in_a_circle(refused, folder):
+    """Said before any work is done."""
+    (folder / "one").symlink_to("two")
+    (folder / "two").symlink_to("one")
+    refused(f"cannot write {folder}/one: too many levels of symbolic links", "dump", PLAIN, "--json", folder / "one")
+
+
+def test_a_journal_that_is_no_file(refused, folder):
+    (folder / "a.csv.journal").mkdir()
+    refused(f"cannot write {folder}/a.csv.journal: is a directory", "sweep", folder / "spec.toml", "-o",
+            folder / "a.csv")
+    (folder / "b.csv.journal").symlink_to("/dev/zero")
+    refused("b.csv.journal: not a file", "sweep", folder / "spec.toml", "-o", folder / "b.csv")

@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_FAULT, EXIT_USAGE = 0, 1, 2
 EXIT_DIFFERENT = 1
+# what captures, traces and folders of Linux's files consist of
+CAPTURE_FILES = ("registers.json", "tables.npz", "l1_tables.npz", "memslots.json", "checks.json", "trace.", "tlbi.csv",
+                 "stage2_page_tables")
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141       # 128 + SIGINT, 128 + SIGPIPE, as a shell reports them
 
 
@@ -99,11 +102,13 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
                             help=f"write {name.upper()} to FILE (- or nothing: stdout, instead of the text)")
 
 
-def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse now what would fail after the work is done."""
+def check_outputs(options: argparse.Namespace, *inputs: str | os.PathLike[str] | None, **more: str | None) -> None:
+    """Refuse now what would fail after the work is done, or what would take the place of an input or of another output.
+    ``more``: outputs beside the usual ones, by option."""
     from s2shadow.report import check_writable
 
     files = {"--json": options.json, "--csv": options.csv, "--plot": getattr(options, "plot", None)}
+    check_different(files | {f"--{option}": file for option, file in more.items()}, inputs)
     if options.json == "-" and options.csv == "-":
         raise UsageError("--json and --csv cannot both go to stdout")
     if files["--plot"] is not None:
@@ -117,6 +122,28 @@ def check_outputs(options: argparse.Namespace) -> None:
             check_writable(file)
         except (OSError, ValueError) as error:
             raise UsageError(f"cannot write {file}: {error_text(error)}") from None
+
+
+def check_different(outputs: dict[str, str | None], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+    by_file: dict[str, str] = {}
+    for option, file in outputs.items():
+        if not file or file == "-":
+            continue
+        at = os.path.realpath(file)
+        if at in by_file:
+            raise UsageError(f"{by_file[at]} and {option} must be different files")
+        by_file[at] = option
+        for name in inputs:
+            if name is not None and os.fspath(name) not in ("", "-") and is_part(at, os.path.realpath(name)):
+                raise UsageError(f"{option} {file} would take the place of what is read")
+
+
+def is_part(file: str, source: str) -> bool:
+    """Whether a file is an input, or one of those that make a capture."""
+    if not os.path.isdir(source):
+        return file == source or (os.path.isfile(file) and os.path.exists(source) and os.path.samefile(file, source))
+    inside = os.path.commonpath((file, source)) == source
+    return inside and os.path.exists(file) and os.path.basename(file).startswith(CAPTURE_FILES)
 
 
 def check_plot(file: str) -> None:
@@ -149,6 +176,10 @@ def write_output(write: Callable[[], None], file: str = "-") -> None:
     try:
         write()
     except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        if file != "-":
+            print(f"s2shadow: interrupted: {file} was not written", file=sys.stderr)
         raise
     except OSError as error:
         if file == "-":

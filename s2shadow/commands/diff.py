@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     if options.a == "-" and options.b == "-":
         raise UsageError("only one of A and B can be stdin")
     check_captures(options)
-    check_outputs(options)
+    check_outputs(options, options.a, options.b)
     a, b = read_a(options), read_operand(options.a if options.b is None else options.b, options)
     found = diff(a.rows, b.rows, options.access_flag)
     unfilled = found[:0]
@@ -114,6 +114,7 @@ def read_a(options: argparse.Namespace) -> Operand:
 
 
 def read_operand(text: str, options: argparse.Namespace) -> Operand:
+    from s2shadow.inputs import open_input
     from s2shadow.kerneltext import ends_inside_table
     from s2shadow.ranges import DumpError
 
@@ -126,7 +127,7 @@ def read_operand(text: str, options: argparse.Namespace) -> Operand:
         if text == "-":
             rows = read_dump(sys.stdin.buffer, name)
         else:
-            with open(path, "rb") as stream:
+            with open_input(path) as stream:
                 rows = read_dump(stream, name)
     except OSError as error:
         raise UsageError(f"cannot read {name}: {error_text(error)}") from None

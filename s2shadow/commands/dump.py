@@ -88,7 +88,9 @@ def run(options: argparse.Namespace) -> int:
     check_table_choice(options)
     if options.format == "json" and options.json is None:
         options.json = "-"
-    check_outputs(options)
+    check_outputs(options, options.capture)
+    if options.output == "":
+        raise UsageError("-o needs the name of a folder")
     for name in ("json", "csv"):
         if options.format == "kernel" and getattr(options, name) == "-":
             raise UsageError(f"--format kernel and --{name} cannot both go to stdout")
@@ -97,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
     table = open_table(options.capture, options, options.engine)
     stream = text_stream(options)
     if options.format == "kernel":
-        text = to_kernel(table)
+        text = to_kernel(table, options.capture)
         write_output(lambda: write_text(text, "-"))
     elif stream is not None:
         lines = table_lines(options.capture, table)
@@ -111,14 +113,14 @@ def run(options: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def to_kernel(table: Table) -> str:
+def to_kernel(table: Table, capture: str) -> str:
     from s2shadow.kerneltext import kernel_text
     from s2shadow.ranges import DumpError
 
     try:
         return kernel_text(table.rows)
     except DumpError as error:
-        raise UsageError(f"{table.label}: {error}") from None
+        raise UsageError(f"{capture}: {table.label}: {error}") from None
 
 
 def table_json(capture: str, table: Table) -> dict[str, Any]:
@@ -212,6 +214,6 @@ def kernel_files(options: argparse.Namespace) -> dict[str, str]:
         raise UsageError(str(error)) from None
     start_level = canonical.cfg.start_level
     assert start_level is not None
-    return {"stage2_page_tables": to_kernel(canonical), "ipa_range": f"{canonical.cfg.ia_bits:2d}\n",
+    return {"stage2_page_tables": to_kernel(canonical, folder), "ipa_range": f"{canonical.cfg.ia_bits:2d}\n",
             "stage2_levels": f"{4 - start_level}\n",
-            **{f"nested/{table.file}": to_kernel(table) for table in shadows}}
+            **{f"nested/{table.file}": to_kernel(table, folder) for table in shadows}}

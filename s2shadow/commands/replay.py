@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     from s2shadow.replayreport import plot, replay_csv, replay_lines
     from s2shadow.report import emit, write_json, write_text
 
-    check_outputs(options)
+    check_outputs(options, options.trace, options.memory, report=options.report)
     check_report(options.report)
     try:
         config = ReplayConfig(**replay_values(options))
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         write_output(lambda: write_json(result, options.json), options.json)
     if options.csv is not None:
         write_output(lambda: write_text(replay_csv(result), options.csv), options.csv)
-    if options.plot is not None and len(result["timeline"]["seconds"]) > 1:
+    if options.plot is not None and len(result["timeline"]["seconds"]) > 1 and not result["interrupted"]:
         write_output(lambda: plot(result, options.plot), options.plot)
     if options.report is not None:
         from s2shadow.htmlreport import write_report

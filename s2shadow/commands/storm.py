@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     from s2shadow.report import emit, plot, storm_csv, storm_lines, write_json, write_text
     from s2shadow.storm import StormConfig, StormError, run
 
-    check_outputs(options)
+    check_outputs(options, options.capture)
     try:
         config = StormConfig(**storm_values(options))
         with progress_bar(sys.stderr) as progress:
@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         write_output(lambda: write_json(result, options.json), options.json)
     if options.csv is not None:
         write_output(lambda: write_text(storm_csv(result), options.csv), options.csv)
-    if options.plot is not None and result["policies"]:
+    if options.plot is not None and result["policies"] and not result["interrupted"]:
         write_output(lambda: plot(result, options.plot), options.plot)
     return EXIT_INTERRUPTED if result["interrupted"] else EXIT_OK
 

@@ -86,7 +86,9 @@ def run(options: argparse.Namespace) -> int:
     except SweepError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
-        raise UsageError(f"cannot write {options.output}: {error_text(error)}") from None
+        journal = error.filename is not None and os.fspath(error.filename).endswith(".journal")
+        file = error.filename if journal else options.output
+        raise UsageError(f"cannot write {file}: {error_text(error)}") from None
     report(options, result)
     if result.interrupted:
         return EXIT_INTERRUPTED
@@ -105,12 +107,8 @@ def check_options(options: argparse.Namespace, spec: Spec) -> None:
     if options.workers is not None and options.executor != PROCESSES:
         raise UsageError("--workers is for --executor processes; a Dask cluster has its own")
     if options.executor == PROCESSES:
-        check_captures(points(spec))
-    check_outputs(options)
-    used = [os.path.realpath(file) for file in (options.output, options.json, options.csv, options.plot)
-            if file not in (None, "-")]
-    if len(set(used)) < len(used):
-        raise UsageError("--output, --json, --csv and --plot must be different files")
+        check_captures(points(spec), spec.file)
+    check_outputs(options, options.spec, f"{options.output}.journal", output=options.output)
     if options.x is not None:
         if options.plot is None:
             raise UsageError("--x needs --plot")
@@ -123,11 +121,11 @@ def check_options(options: argparse.Namespace, spec: Spec) -> None:
                              f"{', '.join(axes) or 'nothing'}")
 
 
-def check_captures(plan: list[StormConfig]) -> None:
+def check_captures(plan: list[StormConfig], file: str) -> None:
     """Here and not in every point: the workers see the same files."""
     for folder in dict.fromkeys(config.capture for config in plan if config.capture is not None):
-        if not Path(folder).is_dir():
-            raise UsageError(f"capture: no folder {os.fspath(folder)}")
+        if not os.fspath(folder) or not Path(folder).is_dir():
+            raise UsageError(f"{file}: capture: no folder {os.fspath(folder) or repr('')}")
 
 
 def list_points(spec: Spec) -> int:

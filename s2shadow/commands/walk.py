@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     from s2shadow.report import config_line, emit, explain_lines, walk_line, write_json, write_text
     from s2shadow.walker import walk
 
-    check_outputs(options)
+    check_outputs(options, options.capture)
     ipas = [parse_register(text, "IPA", "0x80000000") for text in options.ipas]
     access = sum({"r": 1, "w": 2, "x": 4}[letter] for letter in set(options.access))
     mem = GuestMemory()
