@@ -36,6 +36,10 @@ from s2shadow.vm cimport (
 from s2shadow.vmem cimport refused
 
 
+cdef enum:
+    ROUNDS = 16                 # of making way for a mapping with others let in
+
+
 cdef inline bint has_reverse_map(const vm_t *vm) noexcept nogil:
     return vm.teardown == TEARDOWN_REVERSE_MAP
 
@@ -328,9 +332,8 @@ cdef bint same_mapping(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, cons
     return True
 
 
-cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block,
-                    bint chunked) noexcept nogil:
-    """Evict shadows until the tables that a mapping may need fit under the bound; False if they cannot."""
+cdef uint64_t tables_for(const vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_t max_block) noexcept nogil:
+    """How many table pages a mapping may need."""
     cdef int granule_bits = vm.arena.granule_bits
     cdef uint64_t pages = 0, span
     cdef int level, largest = largest_leaf_level(granule_bits, vm.arena.oa.wide)
@@ -339,7 +342,7 @@ cdef bint make_room(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, uint64_
         pages += 2                          # at the two ends
         if level < largest or span > max_block or (cipa ^ pa) & (span - 1):
             pages += size / span
-    return room_for(vm, pages, chunked)
+    return pages
 
 
 cdef bint room_for(vm_t *vm, uint64_t pages, bint chunked) noexcept nogil:
@@ -367,30 +370,32 @@ cdef void await_inactive(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:
 cdef bint host_map(vm_t *vm, uint64_t cipa, uint64_t pa, uint64_t size, const host_attrs_t *attrs, uint64_t max_block,
                    change_t *change) noexcept nogil:
     """Map a range in the largest blocks that fit, in place of what was there, in one exclusive section, for which
-    those before it evict and drop nearly all that must go. False, and no mapping changed, when the tables cannot be
-    had."""
-    cdef uint64_t at = cipa, done = 0
-    cdef int level = 0
+    those before it evict and drop nearly all that must go: others may take some of the room meanwhile, and not for
+    ever. False, and no mapping changed, when the tables cannot be had."""
+    cdef uint64_t at, done = 0, pages = tables_for(vm, cipa, pa, size, max_block)
+    cdef int level = 0, _round
     cdef bint live
     begin(vm, cipa, cipa + size, change)
     await_inactive(vm, cipa, cipa + size)
     if same_mapping(vm, cipa, pa, size, attrs):
         finish(vm, change)
         return True
-    if not make_room(vm, cipa, pa, size, max_block, True):
-        finish(vm, change)
-        return False
-    while True:
+    for _round in range(ROUNDS):
+        if not room_for(vm, pages, True):
+            finish(vm, change)
+            return False
         await_inactive(vm, cipa, cipa + size)
         at = cipa
-        live = next_leaf(&vm.arena, &vm.canonical, &at, cipa + size, &level) != 0
-        if live:
+        if next_leaf(&vm.arena, &vm.canonical, &at, cipa + size, &level):
             drop_shadows(vm, cipa, cipa + size, change)
-        if not overlaps_active(vm, cipa, cipa + size):
-            break                           # nobody was let in since nothing was left to drop
-    if not make_room(vm, cipa, pa, size, max_block, False):
+        if arena_has_room(&vm.arena, pages) and not overlaps_active(vm, cipa, cipa + size):
+            break                           # nobody was let in since
+    await_inactive(vm, cipa, cipa + size)
+    if not room_for(vm, pages, False):
         finish(vm, change)
         return False
+    at = cipa
+    live = next_leaf(&vm.arena, &vm.canonical, &at, cipa + size, &level) != 0
     vm.arena.room_made += 1
     if live:
         unmap_locked(vm, cipa, cipa + size, False, False, change)
@@ -514,10 +519,14 @@ cdef void visit_sticking_out(visit_t *visit, uint64_t start, uint64_t end, uint6
 
 
 cdef bint visit_chunked(vm_t *vm, visit_t *visit, change_t *change) noexcept nogil:
-    """Visit the shadows of a range, letting go of the lock whenever a section has done its share: the range is
-    registered meanwhile, so that faults in it answer RETRY and add nothing. True if the lock was let go, and the host's
-    leaves may be other ones now."""
-    cdef uint64_t start = visit.start, end = visit.end
+    """Visit the shadows of a range, letting go of the lock whenever a section has done its share. True if it was let
+    go, and the host's leaves may be other ones now."""
+    return visit_within(vm, visit, visit.start, visit.end, change)
+
+
+cdef bint visit_within(vm_t *vm, visit_t *visit, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
+    """The same with [start, end) around the range registered meanwhile, so that faults there answer RETRY and add
+    nothing, where nothing has to be visited either."""
     cdef bint paused = False
     cdef cursor_t cursor
     visit.budget = DROP_CHUNK
@@ -676,22 +685,24 @@ cdef void host_protect(vm_t *vm, uint64_t start, uint64_t end, uint8_t perm, cha
 
 
 cdef void narrow_logged(vm_t *vm, uint64_t start, uint64_t end, change_t *change) noexcept nogil:
-    """Take W from the shadows of the host leaves that overlap [start, end) and have it themselves. A large block is
-    logged in many stretches, and its shadows have lost W with the first of them."""
-    cdef uint64_t from_here = start, until = end
+    """Take W from the shadows of the host leaves that overlap [start, end). The first and the last may be passed over
+    where they have no W themselves: a large block is logged in many stretches, and its shadows have lost W with the
+    first of them. Nothing of the whole may get W until the host's leaves have none either."""
+    cdef uint64_t first = widen_start(vm, start), last = widen_end(vm, end), at = first
+    cdef visit_t visit
     cdef int level = 0
-    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &from_here, end, &level)
-    if not slot:
-        return
+    cdef uint32_t slot = next_leaf(&vm.arena, &vm.canonical, &at, end, &level)
+    if not has_reverse_map(vm) or not slot:
+        return                              # done for all contexts beforehand
+    visit_init(&visit, OP_NARROW, at, last)
+    visit.keep_perm = PERM_ALL & ~ACCESS_WRITE
     if not load64(vm.arena.words + slot) & DESC_S2AP_W:
-        from_here += level_span(vm.arena.granule_bits, level)
-    if from_here < end:
-        until = widen_end(vm, end)
-        slot = table_find(&vm.arena, &vm.canonical, end - 1, &level)
-        if until > end and not load64(vm.arena.words + slot) & DESC_S2AP_W:
-            until = (end - 1) & ~(level_span(vm.arena.granule_bits, level) - 1)
-    if from_here < until:
-        narrow_shadows(vm, from_here, until, PERM_ALL & ~ACCESS_WRITE, False, change)
+        visit.start += level_span(vm.arena.granule_bits, level)
+    slot = table_find(&vm.arena, &vm.canonical, end - 1, &level)
+    if last > end and not load64(vm.arena.words + slot) & DESC_S2AP_W:
+        visit.end = last - level_span(vm.arena.granule_bits, level)
+    if visit.start < visit.end:
+        visit_within(vm, &visit, first, last, change)
 
 
 cdef void withhold_write(vm_t *vm, uint64_t start, uint64_t end) noexcept nogil:

@@ -152,6 +152,9 @@ cdef void drop_extents(vm_t *vm, context_t *context, const tlbi_t *tlbi, tlbi_re
         result.required += visit.dropped
         if not whole:
             return
+    if result.removed >= result.pause_at:   # those that found nothing more did not pause
+        breathe(&vm.lock)
+        result.pause_at = result.removed + DROP_CHUNK
 
 
 cdef uint64_t kvm72_level_size(int granule_bits, int level) noexcept nogil:

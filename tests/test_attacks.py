@@ -289,16 +289,22 @@ def test_a_tlbi_of_many_contexts_lets_others_in():
     r.vm.check()
 
 
-def test_a_tlbi_of_a_page_in_many_contexts_lets_others_in():
-    """One VMID under more tables than a section may remove leaves: 2,000 contexts with one leaf each."""
+@pytest.mark.parametrize("block", [False, True])
+def test_a_tlbi_of_a_page_in_many_contexts_lets_others_in(block):
+    """One VMID under more tables than a section may remove leaves: 2,000 contexts with one leaf each there, and with a
+    block elsewhere, which makes a search for blocks over the page necessary."""
     contexts = 2000
     r = Rig(contexts=contexts)
     r.tables.map(0, DATA)
-    level2 = r.tables.slot(0, 2) & -PAGE
+    if block:
+        r.tables.map(1 * G, DATA, 2)
+    level2 = [r.tables.slot(at, 2) & -PAGE for at in (0, 1 * G)]
     for n in range(contexts):
-        r.mem.write64(RAM + 8 * M + n * PAGE, level2 | 3)
-        r.vcpu.load((RAM + 8 * M + n * PAGE) | 1 << 48, r.tables.vtcr)
-        assert r.fault(0).kind == MAPPED
+        root = RAM + 8 * M + n * PAGE
+        for i in range(1 + block):
+            r.mem.write64(root + 8 * i, level2[i] | 3)
+            r.vcpu.load(root | 1 << 48, r.tables.vtcr)
+            assert r.fault(i * G).kind == MAPPED
     before = pauses(r.vm._state())
     assert r.vcpu.tlbi("IPAS2E1IS", 0).removed == contexts
     assert pauses(r.vm._state()) - before >= contexts // 1024
@@ -322,6 +328,45 @@ def test_a_mapping_at_the_bound_lets_others_in(cold):
     assert removed > 20 * 1024
     assert pauses(r.vm._state()) - before >= removed // 1600
     r.vm.check()
+
+
+@pytest.mark.parametrize("part", ["hole", "head", "tail"])
+def test_no_write_gets_through_while_logging_begins(part):
+    """What log_dirty has nothing to do for in a stretch, since nothing is mapped there, or has no W since an earlier
+    log, gets no W either while it narrows three hundred thousand shadows of the rest."""
+    for _ in range(5):
+        r = Rig(host=False, vcpus=2, contexts=4)
+        vm, tables = r.vm, r.tables
+        tables.next = RAM + 8 * M
+        start = RAM + 40 * M
+        many, other, end = start + BLOCK, start, start + 2 * BLOCK
+        vm.host.map(many, HOST + many, BLOCK)
+        if part == "hole":
+            vm.host.populate = "linear"
+        else:
+            if part == "tail":
+                start, other, end = many, end, end + M
+            vm.host.map(other, HOST + other, BLOCK)
+            vm.log_dirty(other, other + BLOCK)
+            vm.log_dirty(other, other + BLOCK, on=False)
+        for n in range(512):
+            tables.map(n * PAGE, many)
+        table = tables.slot(0, 3) & -PAGE
+        for at in range(0, 600 * BLOCK, BLOCK):
+            tables.set(tables.slot(at, 2), table | 3)
+        tables.map(8 * G, other)
+        r.load(n=1)
+        r.vcpu.fault_many(np.arange(0, 600 * BLOCK, PAGE, dtype=np.uint64), WRITE)
+        before, kinds = pauses(vm._state()), []
+
+        def write_meanwhile(vm=vm, before=before, kinds=kinds):
+            if not kinds and pauses(vm._state()) > before + 2:
+                kinds.append(vm.vcpus[1].fault(8 * G, WRITE).kind)
+        with beside(write_meanwhile):
+            vm.log_dirty(start, end)
+        vm.check()
+        written = vm.vcpus[1].translate(8 * G, WRITE).kind == HIT
+        assert flags(vm.dirty_log(other, other + PAGE), 1) == [written]
 
 
 def test_checks_beside_faults_at_the_bound():
