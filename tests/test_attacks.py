@@ -380,7 +380,7 @@ def test_checks_beside_faults_at_the_bound():
     r.vcpu.fault_many(ipas, READ)
     assert r.vm.stats.evictions
     with beside(lambda: r.vcpu.fault_many(ipas, READ)) as failures:
-        for _ in range(300):
+        for _ in range(10_000):
             r.vm.check()
             assert not failures
     r.vm.check()
