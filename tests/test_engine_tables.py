@@ -390,3 +390,20 @@ def test_check_passes_when_busy(r):
         change(r)
     r.vm.check()
     assert r.fault(0).kind in (MAPPED, HOST_FAULT)
+
+
+def test_a_node_of_the_reverse_map_that_went_and_came_back_elsewhere():
+    """A host table remembers the node of its block; with the last leaf there it goes, and another block gets it."""
+    r = Rig(host=False)
+    for page in range(4):
+        for block in (0, 2 * M):
+            r.vm.host.map(DATA + block + page * PAGE, HOST + DATA + block + page * PAGE, PAGE)
+    r.tables.map_range(0, DATA, 4 * PAGE)
+    r.tables.map_range(2 * M, DATA + 2 * M, 4 * PAGE)
+    for first, second in ((0, 2 * M), (2 * M, 0)):
+        assert r.fault(first).kind == MAPPED
+        r.vcpu.tlbi("ALLE1IS")
+        for ipa in (second, second + PAGE, first + PAGE, first):
+            assert r.fault(ipa).kind == MAPPED
+            r.vm.check()
+        r.vcpu.tlbi("ALLE1IS")
