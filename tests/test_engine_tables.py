@@ -407,3 +407,37 @@ def test_a_node_of_the_reverse_map_that_went_and_came_back_elsewhere():
             assert r.fault(ipa).kind == MAPPED
             r.vm.check()
         r.vcpu.tlbi("ALLE1IS")
+
+
+def test_owed_for_a_table_that_goes_along():
+    """With the last leaf of a table the way to it is void too: a TLBI of the last level alone would not do."""
+    r = Rig()
+    r.tables.map_range(0, DATA, 2 * PAGE)
+    r.fault(0)
+    r.fault(PAGE)
+    r.vm.take_tlbis()
+    for page, last_level in ((0, 1), (1, 0)):
+        assert r.vm.unmap(DATA + page * PAGE, DATA + (page + 1) * PAGE).leaves == 1
+        rows = r.vm.take_tlbis()
+        over = rows[(rows["op"] == IPA) & (rows["start"] <= page * PAGE) & (page * PAGE < rows["end"])]
+        assert min(over["last_level"].tolist()) == last_level
+
+
+def test_links_of_a_root_that_was_empty():
+    """Leaves that stand in a root have links there, which go with the last of them and are counted again with the next,
+    in whatever way it comes."""
+    r = Rig(vcpus=2, contexts=4)
+    tables = r.new_tables(start=2)
+    tables.map_range(0, RAM + 2 * M, 16 * M, 2)
+    r.load(8, tables, n=1)
+    context = r.load(7, tables).index
+    for block in range(4):                  # that others have the same blocks keeps the nodes of the reverse map
+        assert r.fault(block * 2 * M, n=1).kind == MAPPED
+    for _ in range(3):
+        for block in range(4):
+            assert r.fault(block * 2 * M).kind == MAPPED
+        assert r.vm.stats.link_bytes == 2 * 512 * 8
+        for block in range(4):
+            assert r.vcpu.tlbi("IPAS2LE1IS", block * 2 * M >> 12).removed == 1
+        assert not len(r.vm.shadow(context)) and r.vm.stats.link_bytes == 512 * 8
+    r.vm.check()

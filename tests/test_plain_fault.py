@@ -8,7 +8,7 @@ import pytest
 
 import s2shadow
 from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, K, M, Rig, Tables, single, span
-from s2shadow import EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
+from s2shadow import EL0, EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
 
 PROBE = 100 * PAGE
 WRAPS = 1 << 19  # forgettings after which a vCPU's short mark of them is the same again
@@ -232,6 +232,18 @@ def test_block_over_the_end_of_its_region():
     assert vcpu.fault_many(ipas, READ)["kind"].tolist() == [MAPPED, MMIO]
     assert vm.shadow(0)["size"].tolist() == [2 * M] * 16 + [PAGE]
     vm.check()
+
+
+@pytest.mark.parametrize(("perm", "refused"), [("rp", EXEC | EL0), ("ru", EXEC)])
+def test_execute_at_one_level_alone(perm, refused):
+    """Leaves like this one were mapped for reading; who may execute there is asked for each access."""
+    r = Rig()
+    r.tables.map_range(0, DATA, 2 * M, perm=perm)
+    for page in range(8):
+        assert r.fault(page * PAGE).kind == MAPPED
+    f = r.fault(PROBE, refused)
+    assert (f.kind, f.fsc) == (L1_FAULT, 0x0F)
+    assert r.fault(PROBE, refused ^ EL0).kind == MAPPED
 
 
 def test_contexts_in_turn():
