@@ -256,3 +256,16 @@ def test_any_registers(r, vttbr, vtcr):
         f = r.fault(0)
         assert f.kind == L1_FAULT or hcr == 0
     r.vm.check()
+
+
+def test_what_was_combined_last_is_of_its_context():
+    """The same leaf under the same host page, with L1's caches off, is another leaf of the shadow."""
+    seen = []
+    for registers in ((HCR_VM | HCR_CD,), (HCR_VM, HCR_VM | HCR_CD), (HCR_VM | HCR_CD, HCR_VM)):
+        r = Rig(contexts=4, features=s2shadow.Features(fwb=False))
+        r.tables.map_range(0, DATA, 16 * PAGE)
+        for hcr in registers:
+            index = r.load(hcr=hcr).index
+            assert r.fault(PAGE).kind == MAPPED
+        seen.append(r.vm.shadow(index)["memattr"].tolist())
+    assert seen == [[5], [5], [15]]

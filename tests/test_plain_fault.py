@@ -7,7 +7,26 @@ import numpy as np
 import pytest
 
 import s2shadow
-from rig import AF, CONTIGUOUS, DATA, DEVICE, HOST, NOWHERE, PAGE, RAM, ROM, XN, G, K, M, Rig, Tables, single, span
+from rig import (
+    AF,
+    CONTIGUOUS,
+    DATA,
+    DEVICE,
+    HOST,
+    NOWHERE,
+    PAGE,
+    RAM,
+    RAM_SIZE,
+    ROM,
+    XN,
+    G,
+    K,
+    M,
+    Rig,
+    Tables,
+    single,
+    span,
+)
 from s2shadow import EL0, EXEC, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, PTW, READ, TLBI_OP_DTYPE, WRITE
 
 PROBE = 100 * PAGE
@@ -139,18 +158,22 @@ def test_after_as_many_tlbis_as_marks():
     assert answer(r).cipa == DATA + 9 * M
 
 
-def test_a_table_of_another_level_at_the_same_address():
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_table_of_another_level_at_the_same_address(other):
     """L1's table for [0, 1 GiB) was walked to a block, then one of its pages: a descriptor of a table that says in the
     bits that hardware ignores what leaves say is a table."""
-    r = Rig()
+    r = Rig(vcpus=2)
+    r.load(n=1)                             # the other knows the shadow's table for the first pages
+    r.tables.map(20 * M, RAM + M)           # so that the reverse map has a node for L1's tables
+    assert r.fault(20 * M).kind == MAPPED
     attributes = r.tables.leaf(DATA, 3) & 0x7FC
     r.tables.map(2 * M, DATA + 2 * M, 2)
     for megabytes in (0, 4, 6):
-        r.tables.map(megabytes * M, DATA, 3)
+        r.tables.map_range(megabytes * M, DATA, 2 * PAGE)
         slot = r.tables.slot(megabytes * M, 2)
         r.tables.set(slot, r.mem.read64(slot) | attributes)
-    for ipa in (2 * M, 4 * M, 0, 3 * PAGE):
-        f = answer(r, ipa=ipa)
+    for ipa, n in ((2 * M, 0), (4 * M, 0), (4 * M + PAGE, 0), (0, other), (PAGE, other), (3 * PAGE, 0)):
+        f = answer(r, ipa=ipa, n=n)
         assert (f.kind, f.fsc) == ((L1_FAULT, 0x07) if ipa == 3 * PAGE else (MAPPED, 0))
     assert answer(r, WRITE).kind == L1_FAULT
 
@@ -244,6 +267,21 @@ def test_execute_at_one_level_alone(perm, refused):
     f = r.fault(PROBE, refused)
     assert (f.kind, f.fsc) == (L1_FAULT, 0x0F)
     assert r.fault(PROBE, refused ^ EL0).kind == MAPPED
+
+
+def test_rom_that_was_read_before():
+    """Pages of ROM are mapped, so that the reverse map has a node for them, and pages of RAM after them: a write to
+    another page of ROM is none of those that are mapped alike."""
+    r = known()
+    rom = RAM + RAM_SIZE                    # under the same table of the host
+    r.mem.add(rom, 2 * M, readonly=True)
+    r.vm.host.map(rom, HOST + rom, 2 * M)
+    for page in range(4):
+        r.tables.map(PROBE + page * PAGE, rom + page * PAGE)
+    assert (answer(r).kind, answer(r).perm & WRITE) == (MAPPED, 0)
+    assert r.fault(30 * PAGE, WRITE).kind == MAPPED
+    assert answer(r, WRITE, PROBE + PAGE).kind == MMIO
+    assert not answer(r, READ, PROBE + 2 * PAGE).perm & WRITE
 
 
 def test_contexts_in_turn():
