@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import s2shadow
-from rig import DATA, HOST, PAGE, RAM, G, K, M, Rig
+from rig import DATA, HOST, PAGE, RAM, G, K, M, Rig, Tables
 from s2shadow import HIT, HOST_FAULT, MAPPED, READ, WRITE
 
 VMALLS12, IPA, ALL = 0, 1, 5
@@ -426,18 +426,21 @@ def test_owed_for_a_table_that_goes_along():
 def test_links_of_a_root_that_was_empty():
     """Leaves that stand in a root have links there, which go with the last of them and are counted again with the next,
     in whatever way it comes."""
-    r = Rig(vcpus=2, contexts=4)
-    tables = r.new_tables(start=2)
-    tables.map_range(0, RAM + 2 * M, 16 * M, 2)
-    r.load(8, tables, n=1)
-    context = r.load(7, tables).index
+    mem = s2shadow.GuestMemory()
+    mem.add(RAM, 16 * G)
+    vm = s2shadow.NestedVM(mem, vcpus=2, contexts=2)
+    vm.host.map(RAM, HOST + RAM, 8 * G)
+    tables = Tables(mem.read64, mem.write64, RAM + 9 * G)
+    tables.map_range(0, RAM, 4 * G, 1)
+    for n in range(2):
+        vm.vcpus[n].load(tables.vttbr(7 + n), tables.vtcr)
     for block in range(4):                  # that others have the same blocks keeps the nodes of the reverse map
-        assert r.fault(block * 2 * M, n=1).kind == MAPPED
+        assert vm.vcpus[1].fault(block * G).size == G
     for _ in range(3):
         for block in range(4):
-            assert r.fault(block * 2 * M).kind == MAPPED
-        assert r.vm.stats.link_bytes == 2 * 512 * 8
+            assert vm.vcpus[0].fault(block * G).kind == MAPPED
+        assert vm.stats.link_bytes == 2 * 512 * 8
         for block in range(4):
-            assert r.vcpu.tlbi("IPAS2LE1IS", block * 2 * M >> 12).removed == 1
-        assert not len(r.vm.shadow(context)) and r.vm.stats.link_bytes == 512 * 8
-    r.vm.check()
+            assert vm.vcpus[0].tlbi("IPAS2LE1IS", block * G >> 12).removed == 1
+        assert not len(vm.shadow(0)) and vm.stats.link_bytes == 512 * 8
+    vm.check()
