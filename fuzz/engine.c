@@ -275,11 +275,9 @@ static void operate(machine_t *m, input_t *in)
         expect(api->take_tlbis(m->vm, owed, byte(in) % 17, &done), S2S_OK);
     } else {
         s2s_change_t change;
-        if (what & 1)
-            expect(api->remove_region(m->vm, DEVICE, &change), S2S_E_INVALID);
-        else
-            expect(api->add_device(m->vm, DEVICE, PAGE), S2S_E_INVALID);
-        if (what & 1)
+        int status = what & 1 ? api->remove_region(m->vm, DEVICE, &change) : api->add_device(m->vm, DEVICE, PAGE);
+        expect(status, S2S_E_INVALID);
+        if ((what & 1) && status == S2S_OK)     /* where there is no region, what the host has there stays */
             m->mapped[model_page(DEVICE)] = 0;
     }
 }
