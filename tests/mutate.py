@@ -99,7 +99,7 @@ def mutate_json(data, rng):
         elif what == 2 and isinstance(holder, list) and holder is not root:
             holder.insert(rng.randrange(len(holder) + 1), json.loads(json.dumps(holder[key])))
         else:
-            holder[key] = rng.choice(ODD_VALUES)
+            holder[key] = json.loads(json.dumps(rng.choice(ODD_VALUES)))    # a copy: it must not come to hold itself
     return json.dumps(root[0]).encode()
 
 
