@@ -211,7 +211,7 @@ def run_sweep(spec: Spec, executor: Executor | Callable[[], Executor], output: s
     """
     check_output(output)
     plan = points(spec)
-    journal_path = f"{os.fspath(output)}.journal"
+    journal_path = journal_of(output)
     if not restart and os.path.exists(output) and not os.path.exists(journal_path):
         raise SweepError(f"{os.fspath(output)} is there, but not its journal: choose another output, or restart")
     try:
@@ -221,6 +221,11 @@ def run_sweep(spec: Spec, executor: Executor | Callable[[], Executor], output: s
                                workers)
     except JournalError as error:
         raise SweepError(str(error)) from None
+
+
+def journal_of(output: str | os.PathLike[str]) -> str:
+    """Where the finished points of a sweep are kept."""
+    return f"{os.fspath(output)}.journal"
 
 
 def check_output(output: str | os.PathLike[str]) -> None:

@@ -70,8 +70,6 @@ def run(options: argparse.Namespace) -> int:
         config = ReplayConfig(**replay_values(options))
         with progress_bar(sys.stderr) as progress:
             result = run(config, progress)
-    except MemoryError as error:
-        raise UsageError(f"out of memory: {error}" if str(error) else "out of memory") from None
     except (ValueError, OSError) as error:
         raise UsageError(error_text(error)) from None
     stream = text_stream(options)

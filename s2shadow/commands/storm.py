@@ -74,8 +74,6 @@ def run(options: argparse.Namespace) -> int:
         config = StormConfig(**storm_values(options))
         with progress_bar(sys.stderr) as progress:
             result = run(config, progress)
-    except MemoryError as error:
-        raise UsageError(f"out of memory: {error}" if str(error) else "out of memory") from None
     except (ValueError, StormError) as error:
         raise UsageError(str(error)) from None
     stream = text_stream(options)

@@ -67,7 +67,7 @@ def executor_name(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    from s2shadow.sweep import EXAMPLE, SpecError, SweepError, load_spec
+    from s2shadow.sweep import EXAMPLE, SpecError, SweepError, journal_of, load_spec
 
     if options.example:
         write_output(lambda: print(EXAMPLE, end="", flush=True))
@@ -86,8 +86,8 @@ def run(options: argparse.Namespace) -> int:
     except SweepError as error:
         raise UsageError(str(error)) from None
     except OSError as error:
-        journal = error.filename is not None and os.fspath(error.filename).endswith(".journal")
-        file = error.filename if journal else options.output
+        journal = journal_of(options.output)        # any other name is that of a file on its way to the output
+        file = journal if error.filename and os.fspath(error.filename) == journal else options.output
         raise UsageError(f"cannot write {file}: {error_text(error)}") from None
     report(options, result)
     if result.interrupted:
@@ -97,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
 
 def check_options(options: argparse.Namespace, spec: Spec) -> None:
     """Refuse now what would fail after the work is done."""
-    from s2shadow.sweep import plan_columns, points
+    from s2shadow.sweep import journal_of, plan_columns, points
     from s2shadow.sweepreport import AXES, axes_of
 
     if options.output is None:
@@ -108,7 +108,7 @@ def check_options(options: argparse.Namespace, spec: Spec) -> None:
         raise UsageError("--workers is for --executor processes; a Dask cluster has its own")
     if options.executor == PROCESSES:
         check_captures(points(spec), spec.file)
-    check_outputs(options, options.spec, f"{options.output}.journal", output=options.output)
+    check_outputs(options, options.spec, journal_of(options.output), output=options.output)
     if options.x is not None:
         if options.plot is None:
             raise UsageError("--x needs --plot")
@@ -124,8 +124,8 @@ def check_options(options: argparse.Namespace, spec: Spec) -> None:
 def check_captures(plan: list[StormConfig], file: str) -> None:
     """Here and not in every point: the workers see the same files."""
     for folder in dict.fromkeys(config.capture for config in plan if config.capture is not None):
-        if not os.fspath(folder) or not Path(folder).is_dir():
-            raise UsageError(f"{file}: capture: no folder {os.fspath(folder) or repr('')}")
+        if not Path(folder).is_dir():
+            raise UsageError(f"{file}: capture: no folder {os.fspath(folder)}")
 
 
 def list_points(spec: Spec) -> int:
