@@ -20,6 +20,7 @@ from seed import SEED  # noqa: E402 (of a module that all tests share: this one 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 settings.register_profile("default", deadline=None, max_examples=100, suppress_health_check=SLOW)
 settings.register_profile("long", deadline=None, max_examples=5000, suppress_health_check=SLOW)
+settings.register_profile("brief", deadline=None, max_examples=20, suppress_health_check=SLOW)
 # that something fails is all one wants to know
 settings.register_profile("any-failure", deadline=None, max_examples=100, suppress_health_check=SLOW,
                           phases=[Phase.explicit, Phase.reuse, Phase.generate])
