@@ -14,7 +14,7 @@ import numpy as np
 import s2shadow
 from beside import beside
 from model import tlbi as book
-from rig import AF, CONTIGUOUS, DBM, DIRTY, HD, Tables
+from rig import AF, CONTIGUOUS, DBM, DIRTY, HD, S2PIE, S2PIR, Tables
 from s2shadow import HCR_VM, HIT, HOST_FAULT, L1_FAULT, MAPPED, MMIO, NO_MEMORY, RETRY, HostMapping
 
 K, M = 1 << 10, 1 << 20
@@ -175,10 +175,11 @@ class Hostile:
         self.page = page = host_granule
         self.block = block = page * (page // 8)
         self.pa_bits = pa_bits or rng.choice((40, 48, 48, 52))
+        xnx = rng.random() < 0.7
         self.features = s2shadow.Features(
             pa_bits=self.pa_bits, host_granule=page, granules=GUESTS[page], lpa=self.pa_bits == 52,
-            lpa2=self.pa_bits == 52 or rng.random() < 0.3, xnx=rng.random() < 0.7, fwb=rng.random() < 0.5,
-            hafdbs=rng.choice((0, 1, 2)), bbm=rng.random() < 0.3, ttl=rng.random() < 0.8, s2pie=False,
+            lpa2=self.pa_bits == 52 or rng.random() < 0.3, xnx=xnx, fwb=rng.random() < 0.5,
+            hafdbs=rng.choice((0, 1, 2)), bbm=rng.random() < 0.3, ttl=rng.random() < 0.8, s2pie=xnx and rng.random() < 0.5,
         )  # fmt: skip
         self.mem = s2shadow.GuestMemory()
         self.buffer = np.zeros(2 * block // 8, np.uint64)
@@ -221,7 +222,7 @@ class Hostile:
         for _ in range(2):
             granule = rng.choice(self.features.granules)
             wide = self.pa_bits == 52 and granule == 64 * K
-            vtcr = rng.choice((0, 1 << 21, 1 << 21 | HD))
+            vtcr = rng.choice((0, 1 << 21, 1 << 21 | HD)) | rng.choice((0, S2PIE) if self.features.s2pie else (0,))
             tables = Tables(self.read, self.write, pool, granule, vtcr, rng.random() < 0.2, wide=wide,
                             limit=min(self.pa_bits, 48))  # fmt: skip
             self.tables.append(tables)
@@ -326,7 +327,8 @@ class Hostile:
     def load(self, rng, vcpu=None):
         vcpu = vcpu or self.vcpu(rng)
         registers, tables = self.registers(rng)
-        vcpu.load(**registers, big_endian=tables.big_endian ^ (rng.random() < 0.05))
+        s2pir = rng.choice((S2PIR, S2PIR, rng.getrandbits(64)))
+        vcpu.load(**registers, big_endian=tables.big_endian ^ (rng.random() < 0.05), s2pir=s2pir)
         self.loaded[vcpu.index] = self.tables.index(tables)
 
     def put(self, rng):

@@ -73,13 +73,14 @@ def test_noise(seed):
 def test_random_registers(seed):
     """Noise in the registers and in the tables: load, fault, invalidate, never an exception."""
     rng = np.random.default_rng(seed + 100)
-    r = Rig(contexts=4)
+    r = Rig(features=s2shadow.Features(s2pie=seed % 2 == 1), contexts=4)
     r.mem.write(RAM, rng.bytes(2 * M))
     for _ in range(300):
-        vttbr, vtcr, hcr = (int(x) for x in rng.integers(0, 1 << 63, 3, dtype=np.uint64) * 2)
+        vttbr, vtcr, hcr, s2pir = (int(x) for x in rng.integers(0, 1 << 64, 4, dtype=np.uint64))
         if rng.random() < 0.7:
             vttbr = RAM | vttbr & 0xFFFF_0000_0010_F000
-        r.vcpu.load(vttbr | 1, vtcr & ~0x3F | int(rng.integers(16, 48)), hcr=hcr | 1, big_endian=bool(rng.integers(2)))
+        r.vcpu.load(vttbr | 1, vtcr & ~0x3F | int(rng.integers(16, 48)), hcr=hcr | 1, big_endian=bool(rng.integers(2)),
+                    s2pir=s2pir)
         ipas = rng.integers(0, 1 << 48, 8, dtype=np.uint64) >> rng.integers(0, 36, dtype=np.uint64)
         got = r.vcpu.fault_many(ipas, WRITE)
         assert set(got["kind"].tolist()) <= ALLOWED

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import hostile
 from hostile import BASE, Breach, Hostile, K, M
+from rig import S2PIR
 from s2shadow import HIT, MAPPED
 from seed import SEED
 
@@ -113,7 +114,7 @@ def quiet(**options):
     rng = random.Random(13)
     for vcpu in m.vm.vcpus:
         tables = m.tables[vcpu.index]
-        vcpu.load(tables.vttbr(1 + vcpu.index), tables.vtcr, big_endian=tables.big_endian)
+        vcpu.load(tables.vttbr(1 + vcpu.index), tables.vtcr, big_endian=tables.big_endian, s2pir=S2PIR)
         m.loaded[vcpu.index] = vcpu.index
     for _ in range(4):
         m.aliases(rng)
