@@ -179,7 +179,8 @@ class Hostile:
         self.features = s2shadow.Features(
             pa_bits=self.pa_bits, host_granule=page, granules=GUESTS[page], lpa=self.pa_bits == 52,
             lpa2=self.pa_bits == 52 or rng.random() < 0.3, xnx=xnx, fwb=rng.random() < 0.5,
-            hafdbs=rng.choice((0, 1, 2)), bbm=rng.random() < 0.3, ttl=rng.random() < 0.8, s2pie=xnx and rng.random() < 0.5,
+            hafdbs=rng.choice((0, 1, 2)), bbm=rng.random() < 0.3, ttl=rng.random() < 0.8,
+            s2pie=xnx and rng.random() < 0.5,
         )  # fmt: skip
         self.mem = s2shadow.GuestMemory()
         self.buffer = np.zeros(2 * block // 8, np.uint64)
@@ -634,8 +635,6 @@ class Hostile:
         total = 0
         lacking = self.host.missing()
         for context in self.vm.contexts:
-            if not context.entries:
-                continue
             addresses, pages = self.vm.tables(context.index)
             vttbr, vtcr = context.host_vttbr, context.host_vtcr
             leaves = shadow_leaves(addresses, pages, vttbr, vtcr, self.page, self.pa_bits)
