@@ -2,7 +2,8 @@
  *
  * Python gives the table once, at the start, and takes no part afterwards. A model holds what the host maps of each
  * page; every answer of the engine must lie inside it, at once and after the program, and check() must hold. Build and
- * options: .ci/long/fuzz. With -DREPLAY_ONLY it is a program without libFuzzer that runs the files it is given.
+ * options: .ci/long/fuzz. With -DREPLAY_ONLY it is a program without libFuzzer that runs the files it is given; with
+ * -DLIE=… its model is wrong on purpose, and a run that ends well has seen nothing.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -18,6 +19,11 @@ enum { PAGE = 4096, RAM_PAGES = 32, ROM_PAGES = 4, TABLES = 16, MODEL_PAGES = 10
 #define DEVICE (ROM + ROM_PAGES * PAGE)
 #define HOST UINT64_C(0x1000000000)
 #define VTCR UINT64_C(0x80023558)
+
+enum { NO_LIE, ANOTHER_PAGE, NO_PERMISSIONS, NO_UNMAP };
+#ifndef LIE
+#define LIE NO_LIE
+#endif
 
 static const s2s_api_t *api;
 static _Alignas(PAGE) uint8_t ram[RAM_PAGES * PAGE];
@@ -130,7 +136,9 @@ static void expect_inside(const machine_t *m, const s2s_fault_t *f)
     if (f->kind != S2S_HIT && f->kind != S2S_MAPPED)
         return;
     if (at < MODEL_PAGES && m->mapped[at]) {
-        if (f->pa - f->cipa % PAGE != m->pa[at] || f->perm & ~m->perm[at])
+        uint64_t pa = m->pa[at] + (LIE == ANOTHER_PAGE ? PAGE : 0);
+        uint8_t perm = LIE == NO_PERMISSIONS ? 0 : m->perm[at];
+        if (f->pa - f->cipa % PAGE != pa || f->perm & ~perm)
             die("not where the host has it, or more than it allows");
     } else if (!m->populate || f->pa != f->cipa + HOST)
         die("the host does not have it");
@@ -190,7 +198,7 @@ static void host_change(machine_t *m, unsigned what, input_t *in)
             m->pa[at] = pa + (uint64_t)(at - first) * PAGE;
         }
     } else if (what == 1) {
-        status = api->host_unmap(m->vm, start, end, S2S_PARTIAL_SPLIT, NULL);
+        status = LIE == NO_UNMAP ? S2S_OK : api->host_unmap(m->vm, start, end, S2S_PARTIAL_SPLIT, NULL);
         if (status == S2S_OK)
             memset(m->mapped + first, 0, last - first);
     } else {

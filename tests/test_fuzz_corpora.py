@@ -6,6 +6,7 @@ that once failed. ``.ci/long/fuzz`` goes on from the corpora.
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -56,32 +57,40 @@ def test_crashers(target):
             raise
 
 
-def build_engine(folder):
-    """``fuzz/engine.c`` without libFuzzer, or the reason why it cannot be."""
+def build_engine(folder, *options):
+    """``fuzz/engine.c`` without libFuzzer; skips where that cannot be."""
     compiler = shutil.which("cc")
     if compiler is None:
-        return None, "no C compiler"
+        pytest.skip("no C compiler")
     libdir, version = (sysconfig.get_config_var(name) for name in ("LIBDIR", "LDVERSION"))
-    command = [compiler, "-O1", "-DREPLAY_ONLY", str(SOURCES / "engine.c"), "-o", str(folder / "engine"),
+    command = [compiler, "-O1", "-DREPLAY_ONLY", *options, str(SOURCES / "engine.c"), "-o", str(folder / "engine"),
                f"-I{sysconfig.get_path('include')}", f"-I{Path(s2shadow.__file__).parent / 'include'}",
                f"-L{libdir}", f"-Wl,-rpath,{libdir}", f"-lpython{version}"]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode and "cannot find -lpython" in built.stderr:
-        return None, "this Python cannot be embedded: no libpython"
+        pytest.skip("this Python cannot be embedded: no libpython")
     assert not built.returncode, built.stderr
-    return folder / "engine", ""
+    return folder / "engine"
 
 
-def test_programs_of_the_c_api(tmp_path):
-    """The programs of engine-c, each against its model of the host."""
-    engine, reason = build_engine(tmp_path)
-    if engine is None:
-        pytest.skip(reason)
+def run_programs(engine, folder):
+    """Everything that is kept of engine-c -> (how many programs, the finished process)."""
     inputs = corpus("engine-c") | crashes("engine-c")
-    files = [tmp_path / f"{i:04}" for i in range(len(inputs))]
+    files = [folder / f"{i:04}" for i in range(len(inputs))]
     for file, data in zip(files, inputs.values(), strict=True):
         file.write_bytes(data)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(s2shadow.__file__).parents[1]), *sys.path]),
                    "PYTHONHOME": sys.base_prefix}
-    done = subprocess.run([engine, *files], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{len(files)} programs\n"), done.stderr
+    return len(files), subprocess.run([engine, *files], env=environment, capture_output=True, text=True)
+
+
+def test_programs_of_the_c_api(tmp_path):
+    """The programs of engine-c, each against its model of the host."""
+    count, done = run_programs(build_engine(tmp_path), tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{count} programs\n"), done.stderr
+
+
+@pytest.mark.parametrize("lie", ["ANOTHER_PAGE", "NO_PERMISSIONS", "NO_UNMAP"])
+def test_a_model_that_lies_is_seen(tmp_path, lie):
+    _, done = run_programs(build_engine(tmp_path, f"-DLIE={lie}"), tmp_path)
+    assert done.returncode == -signal.SIGABRT and "the host" in done.stderr
