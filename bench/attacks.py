@@ -22,6 +22,7 @@ import numpy as np
 import s2shadow as s2
 from beside import beside
 from nest import HCR, VTCR
+from report import commit
 from s2shadow._floor import pauses
 
 PAGE, BLOCK, GIB = 4 << 10, 2 << 20, 1 << 30
@@ -323,7 +324,7 @@ def took(row):
 def markdown(rows, events, tlbis):
     machine = f"{processor()}, Python {platform.python_version()}"
     yield "# Attacks on resources\n"
-    yield f"Measured {datetime.date.today():%d %B %Y} on {machine}, shared with other work, by"
+    yield f"Measured {datetime.date.today():%d %B %Y} on {machine}, commit {commit()}, by"
     yield f"\n    {COMMAND}\n\n`bench/attacks.py` says what each does. {ATTACKS_TEXT}"
     for row in rows:
         times = " | ".join(f"{row[name]:,.0f}" for name in ("first", "middle", "last"))
