@@ -133,6 +133,10 @@ cdef inline cas_result_t cas_desc(mem_view_t *view, int level, uint64_t address,
     return CAS_LOST
 
 
+cdef class _RetiredMap:
+    cdef region_map_t *map
+    cdef list owners                # of the memory that a walk may read through the map; empty until then
+
 cdef class GuestMemory:
     cdef memory_t c
     cdef uint32_t users          # engines, and walks that run without the GIL
@@ -144,7 +148,8 @@ cdef class GuestMemory:
     cdef void pin(self, mem_view_t *view) noexcept
     cdef void unpin(self) noexcept
     cdef bint refresh(self, mem_view_t *view) noexcept nogil
-    cdef int publish(self, region_map_t *map, list owners) except -1
+    cdef list publish(self, region_map_t *map, list owners, _RetiredMap old)
     cdef int fill(self, const uint64_t[::1] addresses, const uint8_t[:, ::1] pages) except -1
-    cdef int insert(self, const region_t *region, object owner) except -1
+    cdef int check_overlap(self, const region_t *region) except -1
+    cdef list insert(self, const region_t *region, object owner)
     cdef uint8_t *piece(self, uint64_t cipa, size_t wanted, bint writing, size_t *length) except NULL

@@ -211,8 +211,8 @@ cdef class _BufferBacking:
 
 
 cdef class _RetiredMap:
-    cdef region_map_t *map
-    cdef list owners                # of the memory that a walk may read through the map
+    def __cinit__(self):
+        self.owners = []
 
     def __dealloc__(self):
         free(self.map)
@@ -234,7 +234,9 @@ cdef class GuestMemory:
             raise MemoryError("region list")
         self.owners = []
         self.retired = []
-        self.lock = threading.Lock()
+        # Wherever Python makes an object, and wherever one goes, a finalizer may run that wants this memory: by this thread
+        # again, and not while others wait. So changes are of one piece, after all is made, and what goes does so outside.
+        self.lock = threading.RLock()
 
     def __dealloc__(self):
         free(self.c.map)
@@ -252,12 +254,12 @@ cdef class GuestMemory:
     cdef bint refresh(self, mem_view_t *view) noexcept nogil:
         return view_refresh(view, &self.c)
 
-    cdef int publish(self, region_map_t *map, list owners) except -1:
-        """Let the regions of ``map`` and those that own their memory take the place of the present ones. What may fail
-        comes first: a map that a walk reads must never be freed, nor an owner be lost."""
-        cdef _RetiredMap old
+    cdef list publish(self, region_map_t *map, list owners, _RetiredMap old):
+        """Let the regions of ``map`` and those that own their memory take the place of the present ones, which ``old``
+        takes up -> what nobody reads any more, to be dropped without the lock. What may fail comes first: a map that
+        a walk reads must never be freed, nor an owner be lost."""
+        cdef list unread = None, none_retired = old.owners
         try:
-            old = _RetiredMap.__new__(_RetiredMap)
             self.retired.append(old)
         except MemoryError:
             free(map)
@@ -268,8 +270,9 @@ cdef class GuestMemory:
         store64(&self.c.epoch, self.c.epoch + 1)
         self.owners = owners
         if fetch_add32(&self.users, 0) == 0:            # a full barrier between the new map and the look at its users
-            self.retired.clear()
-        return 0
+            unread = self.retired
+            self.retired = none_retired
+        return unread
 
     def add(self, cipa, size=None, *, buffer=None, bint readonly=False, bint device=False):
         """Add a region at ``cipa``: engine-owned of ``size`` bytes, over ``buffer`` without a copy, or a device.
@@ -299,16 +302,16 @@ cdef class GuestMemory:
             raise TypeError("add() needs a size or a buffer")
         size = operator.index(size)
         self._check_range(region.start, size)
+        region.size = size
+        region.readonly = readonly
+        region.device = device
         with self.lock:
-            self._check_overlap(region.start, size)
+            self.check_overlap(&region)
             if buffer is None and not device:
                 sparse = _SparseBacking(size)
                 region.host = <uint8_t *>sparse.address
                 owner = sparse
-            region.size = size
-            region.readonly = readonly
-            region.device = device
-            self.insert(&region, owner)
+            _unread = self.insert(&region, owner)
 
     @staticmethod
     def _check_range(uint64_t cipa, size):
@@ -321,25 +324,30 @@ cdef class GuestMemory:
         if cipa + size > ADDRESS_LIMIT:
             raise ValueError(f"region [{cipa:#x}, {cipa + size:#x}) reaches beyond 52 bits")
 
-    def _check_overlap(self, uint64_t cipa, size):
-        cdef const region_t *other = region_over(self.c.map, cipa, size)
+    cdef int check_overlap(self, const region_t *region) except -1:
+        cdef const region_t *other = region_over(self.c.map, region.start, region.size)
         if other != NULL:
-            raise ValueError(f"region [{cipa:#x}, {cipa + size:#x}) overlaps "
-                             f"[{other.start:#x}, {other.start + other.size:#x})")
+            start, end = other.start, other.start + other.size
+            raise ValueError(f"region [{region.start:#x}, {region.start + region.size:#x}) overlaps "
+                             f"[{start:#x}, {end:#x})")
+        return 0
 
-    cdef int insert(self, const region_t *region, object owner) except -1:
-        cdef uint32_t at = 0
-        cdef region_map_t *map = map_with(self.c.map, region, NULL)
+    cdef list insert(self, const region_t *region, object owner):
+        cdef uint32_t at
+        cdef region_map_t *map
+        cdef list seen = None, owners = None
+        cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)
+        while self.owners is not seen:
+            seen = self.owners
+            at = 0
+            while at < self.c.map.count and self.c.map.regions[at].start < region.start:
+                at += 1
+            owners = [*seen[:at], owner, *seen[at:]]
+        self.check_overlap(region)
+        map = map_with(self.c.map, region, NULL)
         if map == NULL:
             raise MemoryError("region list")
-        while map.regions[at].start != region.start:
-            at += 1
-        try:
-            owners = [*self.owners[:at], owner, *self.owners[at:]]
-        except MemoryError:
-            free(map)
-            raise
-        return self.publish(map, owners)
+        return self.publish(map, owners, old)
 
     cdef int fill(self, const uint64_t[::1] addresses, const uint8_t[:, ::1] pages) except -1:
         """Make an empty memory one of read-only pages, in one step: ``addresses`` are sorted and aligned to the pages,
@@ -356,26 +364,31 @@ cdef class GuestMemory:
             map.regions[i].size = pages.shape[1]
             map.regions[i].host = <uint8_t *>&pages[i, 0]
             map.regions[i].readonly = 1
-        return self.publish(map, owners)
+        self.publish(map, owners, _RetiredMap.__new__(_RetiredMap))
+        return 0
 
     def remove(self, cipa):
         """Remove the region that starts at ``cipa``; ``ValueError`` if none does or if it is in use."""
-        cdef uint32_t at = 0, count
+        cdef uint32_t at = 0
         cdef uint64_t start = as_u64(cipa, "cipa")
         cdef region_map_t *map
+        cdef list seen = None, owners = None
+        cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)
         with self.lock:
-            count = self.c.map.count
-            while at < count and self.c.map.regions[at].start != start:
-                at += 1
-            if at == count:
-                raise ValueError(f"no region starts at {cipa:#x}")
+            while self.owners is not seen:
+                seen = self.owners
+                at = 0
+                while at < self.c.map.count and self.c.map.regions[at].start != start:
+                    at += 1
+                if at == self.c.map.count:
+                    raise ValueError(f"no region starts at {cipa:#x}")
+                owners = [*seen[:at], *seen[at + 1:]]
             if load32(&self.users):
                 raise ValueError(f"region at {cipa:#x} is in use by an engine or a running walk")
-            owners = self.owners[:at] + self.owners[at + 1:]
             map = map_without(self.c.map, at)
             if map == NULL:
                 raise MemoryError("region list")
-            self.publish(map, owners)
+            _unread = self.publish(map, owners, old)
 
     cdef uint8_t *piece(self, uint64_t cipa, size_t wanted, bint writing, size_t *length) except NULL:
         """Host address of ``cipa`` and how many of the ``wanted`` bytes are there."""

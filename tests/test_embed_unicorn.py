@@ -4,7 +4,9 @@ Programs are words with their source beside them. ``Machine`` has L1's RAM at PA
 CODE, and a pool of physical pages beside it.
 """
 
+import ctypes
 import gc
+import mmap
 import subprocess
 import sys
 import threading
@@ -18,7 +20,7 @@ import s2shadow as s2
 from rig import Tables
 
 pytest.importorskip("unicorn", reason="no Unicorn here (extra 'unicorn')")
-from unicorn import UC_ARCH_ARM64, UC_ARCH_X86, UC_HOOK_BLOCK, UC_MODE_64, UC_MODE_ARM, Uc, UcError
+from unicorn import UC_ARCH_ARM64, UC_ARCH_X86, UC_HOOK_BLOCK, UC_HOOK_MEM_WRITE, UC_MODE_64, UC_MODE_ARM, Uc, UcError
 from unicorn import arm64_const as arm64
 
 from s2shadow.embed import unicorn as embed
@@ -287,6 +289,27 @@ def test_populate_is_asked_and_its_exceptions_pass(machine):
     machine.run(STORE, x0=HERE, x1=77)
     assert asked == [(DATA, s2.WRITE)] * 2
     assert machine.pool[5 * PAGE // 8] == 77 and machine.mem.read64(DATA) == 0
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_populate_that_takes_another_page(track):
+    """The physical page of one goes to the other, with no thread but this one."""
+    machine = Machine(track_tlbis=track)
+    machine.tables.map(HERE, DATA)
+    machine.tables.map(HERE + PAGE, DATA + PAGE)
+
+    def populate(cipa, access):
+        cipa &= -PAGE
+        if cipa == RAM:
+            return s2.HostMapping(RAM + OFFSET, PAGE)
+        victim = 2 * DATA + PAGE - cipa
+        machine.vm.unmap(victim, victim + PAGE)
+        machine.pool[: PAGE // 8] = 1 if cipa == DATA else 2
+        return s2.HostMapping(POOL, PAGE)
+
+    machine.vm.host.populate = populate
+    # ldr x1, [x0]; ldr x2, [x4]; ldr x1, [x0]
+    assert machine.run(LOAD, 0xF9400082, LOAD, x0=HERE, x4=HERE + PAGE) == 1 and machine.x(2) == 2
 
 
 def test_a_host_fault_that_nobody_populates(machine):
@@ -563,6 +586,63 @@ def test_a_device_page_that_l1_takes_away(machine):
     assert machine.run(0xB9400001, x0=HERE) == 1
 
 
+@pytest.mark.parametrize("second, accesses", [(0x39401002, ((0, 7), (4, None))), (0xB9000401, ((0, 7), (4, 7)))])
+def test_more_device_pages_than_are_known_at_a_time(machine, second, accesses):
+    """L1 has as many as there are addresses, since whatever is no region is a device's: each access goes to its own,
+    and Unicorn gets no more of them."""
+    seen, pages, nowhere = [], 3 * embed.DEVICE_SLOTS, 8 << 30
+    machine.cpu.device = lambda cipa, size, value: seen.append((cipa, value)) or 0x55
+    for page in range(pages):
+        machine.tables.map(HERE + page * PAGE, nowhere + page * PAGE)
+    # twice: mov x0, x5; mov x3, x6
+    # loop: str w1, [x0]; ldrb w2, [x0, #4] or str w1, [x0, #4]; add x0, x0, #4096; subs x3, x3, #1; b.ne loop
+    loop = [0xAA0503E0, 0xAA0603E3, 0xB9000001, second, 0x91400400, 0xF1000463, 0x54FFFF81]
+    machine.run(*loop, 0xF10004E7, 0x54FFFF01, x1=7, x5=HERE, x6=pages, x7=2)     # subs x7, x7, #1; b.ne twice
+    assert seen == [(nowhere + page * PAGE + at, value) for page in range(pages) for at, value in accesses] * 2
+    assert len(list(machine.uc.mem_regions())) <= embed.DEVICE_SLOTS + 3
+
+
+def test_a_slot_of_device_pages_is_another_page_now(machine):
+    """What was granted to read stays with the page that it was granted for when its slot goes to a page written to."""
+    seen, nowhere = [], 8 << 30
+    machine.cpu.device = lambda cipa, size, value: seen.append((cipa, value)) or 0x55
+    for page in range(embed.DEVICE_SLOTS + 1):
+        machine.tables.map(HERE + page * PAGE, nowhere + page * PAGE)
+    machine.run(0x39400001, x0=HERE)                # ldrb w1, [x0]
+    for page in range(1, embed.DEVICE_SLOTS + 1):
+        machine.run(0xB9000001, x0=HERE + page * PAGE, x1=7)    # str w1, [x0]
+    seen.clear()
+    machine.run(0x39400001, x0=HERE)
+    assert seen == [(nowhere, None)]
+
+
+def test_a_device_that_is_taken_away(machine):
+    machine.cpu.device = lambda cipa, size, value: 0x55
+    machine.tables.map(HERE, DEVICE)
+    machine.run(0x39400001, x0=HERE)
+    machine.cpu.device = None
+    with pytest.raises(RuntimeError, match="device was set to None, and L2 is at 0x9000000"):
+        machine.run(0x39400001, x0=HERE)
+
+
+def test_devices_that_stop_each_others_cpus():
+    """As a register that powers all CPUs off does, written by two at once."""
+    both = threading.Barrier(2)
+
+    def device(cipa, size, value):
+        both.wait(10)
+        for cpu in machine.cpus:
+            cpu.stop()
+        return 1
+
+    machine = Machine(vcpus=2, device=device)
+    machine.tables.map(HERE, DEVICE)
+    threads = [spinning(machine, cpu, [0x39400001, branch(0)], x0=HERE) for cpu in machine.cpus]
+    for thread, result in threads:
+        thread.join(20)
+        assert result == [Exit.STOPPED]
+
+
 def test_a_write_to_rom_is_a_devices(machine):
     seen = []
     machine.cpu.device = lambda cipa, size, value: seen.append((cipa, size, value))
@@ -625,6 +705,42 @@ def test_stop_and_go_on(machine):
     machine.run(NOP)
 
 
+def test_stop_where_the_next_run_begins_at_once(machine):
+    """The run that was stopped has ended; who stopped it does not wait for another that nobody asked to stop."""
+    machine.program(COUNT, branch(-1))
+    runs, enough = [], threading.Event()
+
+    def body():
+        while not enough.is_set():
+            runs.append(machine.cpu.run(CODE))
+
+    def stop():
+        for _ in range(50):
+            machine.cpu.stop()
+        stopped.set()
+
+    stopped = threading.Event()
+    runner, stopper = (threading.Thread(target=target, daemon=True) for target in (body, stop))
+    runner.start()
+    while not machine.cpu.counters.fills:
+        threading.Event().wait(0.001)
+    stopper.start()
+    assert stopped.wait(20)
+    enough.set()
+    while runner.is_alive():
+        machine.cpu.stop()
+        runner.join(0.01)
+    assert set(runs) == {Exit.STOPPED}
+
+
+def test_a_run_without_an_end_does_not_end_at_0(machine):
+    machine.tables.map(0, DATA)
+    machine.mem.write(DATA, b"".join(word.to_bytes(4, "little") for word in (COUNT, 0xD503207F)))  # …; wfi
+    machine.program(0xD61F0000)  # br x0
+    machine.set(x0=0, x3=0)
+    assert machine.cpu.run(CODE) == Exit.HALTED and machine.x(3) == 1
+
+
 def test_stop_from_a_handler_and_from_a_hook(machine):
     def handler(abort):
         machine.tables.map(abort.ipa, DATA)
@@ -662,7 +778,7 @@ def test_what_a_hook_raises_comes_out_of_run(machine):
 
 
 def test_a_hook_may_sync(machine):
-    """From inside emulation, where waiting for this very CPU would be waiting for ever."""
+    """From inside emulation, where waiting for this very CPU would be waiting for ever: its next block sees it."""
     machine.tables.map(HERE, DATA)
     machine.pool[0], calls = 2, []
 
@@ -674,8 +790,90 @@ def test_a_hook_may_sync(machine):
 
     machine.mem.write64(DATA, 1)
     machine.uc.hook_add(UC_HOOK_BLOCK, hook)
-    assert machine.run(LOAD, branch(1), 0xF9400002, x0=HERE) == 1  # …; ldr x2, [x0]
+    assert machine.run(LOAD, branch(1), NOP, branch(1), 0xF9400002, x0=HERE) == 1  # …; ldr x2, [x0]
     assert machine.x(2) == 2
+
+
+@pytest.mark.parametrize("call", ["flush", "sync", "unmap"])
+def test_a_hook_of_stores_may_flush(machine, call):
+    """Unicorn has looked up where the store goes, and would go on with what a flush leaves: the IPA itself, as an
+    address of this process."""
+    private = mmap.mmap(-1, PAGE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(private))
+    tables = Tables(machine.mem.read64, machine.mem.write64, TABLES + M, start=0)
+    tables.map(CODE, RAM)
+    tables.map(address, DATA)
+    tables.map(HERE, DATA + PAGE)
+    machine.vm.vcpus[0].load(tables.vttbr(1), tables.vtcr)
+
+    def hook(*_):
+        machine.vm.unmap(DATA + PAGE, DATA + 2 * PAGE)
+        machine.cpu.unmap(DATA, DATA + PAGE) if call == "unmap" else getattr(machine.cpu, call)()
+
+    machine.uc.hook_add(UC_HOOK_MEM_WRITE, hook)
+    # ldr x2, [x4]; str x1, [x0, #8]; b to the next; str x1, [x0, #16]
+    machine.run(0xF9400082, 0xF9000401, branch(1), 0xF9000801, x0=address, x1=0x41, x4=HERE)
+    assert private[:] == bytes(PAGE)
+    assert [machine.mem.read64(DATA + at) for at in (0, 8, 16)] == [0, 0x41, 0x41]
+
+
+def test_who_takes_a_page_waits_for_the_rest_of_a_block():
+    """A CPU whose hook waits here will go on with the block that it is in: its pages are out of reach after that."""
+    machine = Machine(vcpus=2)
+    waiting, other = machine.cpus
+    other.vcpu.load(machine.tables.vttbr(2), machine.tables.vtcr)   # what goes from one context is not the other's
+    machine.tables.map(HERE, DATA)
+    machine.program(LOAD, branch(1), LOAD, branch(1), NOP, branch(0))
+    machine.set(x0=HERE)
+    inside, release, in_hook, done = (threading.Event() for _ in range(4))
+    blocks = []
+
+    def hook_of_other(*_):
+        inside.set()
+        release.wait(20)
+
+    def hook(*_):
+        blocks.append(done.is_set())
+        if len(blocks) == 2:
+            in_hook.set()
+            other.stop()
+
+    def take():
+        waiting.unmap(DATA, DATA + PAGE)
+        done.set()
+
+    other.uc.hook_add(UC_HOOK_BLOCK, hook_of_other)
+    waiting.uc.hook_add(UC_HOOK_BLOCK, hook)
+    threads = [threading.Thread(target=target, daemon=True) for target in
+               (lambda: other.run(CODE + 16), lambda: waiting.run(CODE, CODE + 16), take)]
+    threads[0].start()
+    assert inside.wait(20)
+    threads[1].start()
+    assert in_hook.wait(20)
+    threads[2].start()
+    assert not done.wait(0.3)
+    release.set()
+    for thread in threads:
+        thread.join(20)
+    assert done.is_set() and blocks[:2] == [False, False]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_cpu_that_a_hook_of_another_runs(order):
+    machine = Machine(vcpus=2)
+    outer, inner = (machine.cpus[n] for n in order)
+    machine.program(NOP, branch(2), tlbi(4, 0, 1), NOP)
+    exits = []
+
+    def hook(*_):
+        if not exits:
+            exits.append(inner.run(CODE + 8, CODE + 12))
+
+    outer.uc.hook_add(UC_HOOK_BLOCK, hook)
+    thread = threading.Thread(target=lambda: exits.append(outer.run(CODE, CODE + 12)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert exits == [Exit.DONE, Exit.DONE]
 
 
 def test_a_cpu_that_halts(machine):

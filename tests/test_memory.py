@@ -2,6 +2,9 @@
 
 import gc
 import mmap
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import numpy as np
@@ -363,3 +366,64 @@ def test_engine_in_a_cycle(mem):
     Embedder(s2shadow.NestedVM(mem))
     gc.collect()
     mem.remove(0x1000)
+
+
+def run_alone(script):
+    """In a process of its own, which a deadlock ends."""
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60)
+
+
+def test_who_owned_a_region_may_use_the_memory_when_it_goes():
+    """Also by way of another thread: the lock is free by then."""
+    run_alone("""
+        import threading
+        import s2shadow
+        mem = s2shadow.GuestMemory()
+        class Owner(bytearray):
+            def __del__(self):
+                look = threading.Thread(target=lambda: seen.append(len(mem.regions)))
+                look.start()
+                look.join()
+                mem.add(0, 4096)
+        seen = []
+        mem.add(0, buffer=Owner(4096))
+        mem.add(0x10000, 4096)
+        mem.remove(0)
+        assert seen == [1] and [region.start for region in mem.regions] == [0, 0x10000]
+        """)
+
+
+def test_a_finalizer_may_change_the_memory_amid_a_change():
+    """Python collects garbage where the list of owners is made: what a finalizer adds is not lost, nor overlapped."""
+    run_alone("""
+        import gc
+        import s2shadow
+        mem = s2shadow.GuestMemory()
+        added, refused = set(), 0
+        class Garbage:
+            def __init__(self, start):
+                self.itself, self.start = self, start
+            def __del__(self):
+                if self.start not in added:
+                    mem.add(self.start, 4096)
+                    added.add(self.start)
+        for n in range(400):
+            start = n * 8192
+            gc.collect()
+            gc.set_threshold(1 + n % 20)        # now before the call, now amid it, now after
+            Garbage(start if n % 2 else start + 4096)
+            try:
+                mem.add(start, 4096)
+                added.add(start)
+            except ValueError as error:
+                assert "overlaps" in str(error)
+                refused += 1
+        gc.set_threshold(0)
+        assert sorted(added) == [region.start for region in mem.regions] and refused
+        for start in added:
+            mem.write64(start, start)
+        assert all(mem.read64(start) == start for start in added)
+        for start in added:
+            mem.remove(start)
+        assert not mem.regions
+        """)

@@ -457,7 +457,7 @@ def test_no_lock_while_populating():
 @pytest.mark.parametrize(
     "look",
     ["vm.host.leaves()", "vm.reverse(DATA)", "vm.shadow(0)", "vm.contexts", "vm.tables(0)", "r.load()",
-     "r.mem.regions"],
+     "r.mem.regions", "r.mem.add(0x8_0000_0000 + n * 8 * K, PAGE)"],
 )
 def test_a_finalizer_may_use_what_is_looked_at(look):
     """Python collects garbage whenever it makes objects, also amid a listing of thousands: an embedder's finalizer that

@@ -3,8 +3,10 @@
 A ``Hub`` is what the CPUs of one ``NestedVM`` share. Unicorn's TLB belongs to one instance and can only be flushed by
 the thread that runs it. So a flush is asked for (``cpu.flush``, ``cpu.attention``), and done by the CPU's own thread in
 a hook that comes before every translated block, or before it enters Unicorn. Who asked waits until no CPU is ``INSIDE``
-with a flush to make. A CPU whose thread waits here, out of one of its hooks, is ``QUIET``: it runs nothing, and flushes
-before it does.
+with a flush to make. A CPU whose thread waits in a TLBI or a device is ``QUIET``: it runs nothing, and flushes before it
+does. One whose thread waits in a hook of the embedder's is ``HOOKED``: it may be amid a store, for which Unicorn has looked
+its entry up already and would use what a flush leaves of it, so that it flushes before its next block. Others wait for
+that; who is in such a hook himself does not.
 
 No thread calls into a Unicorn that another one runs: not even ``uc_emu_stop``, which is lost where it comes while
 emulation starts or restarts, and would cost the CPU its way out and in.
@@ -45,6 +47,7 @@ cdef extern from *:
     typedef int (*s2_uc_emu_stop_t)(void *);
     typedef int (*s2_uc_reg_t)(void *, int, void *);
     typedef int (*s2_uc_map_ptr_t)(void *, uint64_t, size_t, uint32_t, void *);
+    static __thread int s2_emulations;      /* that this thread is in */
     static inline uint64_t s2_thread(void) { return (uint64_t)(uintptr_t)pthread_self(); }
     static inline void s2_nap(void) { struct timespec t = {0, 20000}; nanosleep(&t, NULL); }
     """
@@ -69,6 +72,7 @@ cdef extern from *:
     ctypedef int (*reg_t "s2_uc_reg_t")(void *uc, int reg, void *value) noexcept nogil
     ctypedef int (*map_ptr_t "s2_uc_map_ptr_t")(
         void *uc, uint64_t address, size_t size, uint32_t perms, void *host) noexcept nogil
+    int emulations "s2_emulations"
     uint64_t this_thread "s2_thread"() noexcept nogil
     void nap "s2_nap"() noexcept nogil
 
@@ -81,11 +85,13 @@ cdef enum:
     MEM_READ = 16               # uc_mem_type
     MEM_WRITE = 17
     PROT_ALL = 7
+    NO_PC = 1                   # instructions are aligned
 
 cdef enum:
     OUTSIDE                     # runs nothing of L2; flushes before it does
     INSIDE                      # in uc_emu_start
-    QUIET                       # there too, but its thread waits in a hook
+    QUIET                       # there too, but its thread waits in a TLBI or a device: flushes before it goes on
+    HOOKED                      # there too, but its thread waits in a hook: flushes before its next block
 
 # Why a CPU cannot be entered, and why it stopped by itself.
 cdef enum:
@@ -99,6 +105,7 @@ cdef struct hub_t:
     pthread_mutex_t lock        # outer to every lock of the engine
     vm_t *vm
     cpu_t *first
+    uint64_t waits              # how often somebody waited for flushes
 
 # The addresses of Unicorn's functions and its constants.
 cdef struct api_t:
@@ -137,7 +144,9 @@ cdef struct cpu_t:
     uint64_t thread             # that it runs on
     uint32_t state
     uint32_t attention          # for the next block: there is something to do
-    uint8_t flush               # as the next two, under the hub's lock
+    uint8_t flush               # as the next four, under the hub's lock
+    uint64_t flush_since        # the wait that it was asked for in
+    uint64_t runs
     uint8_t active              # run() is under way
     uint8_t stop
     uint8_t why                 # it stopped by itself
@@ -243,9 +252,11 @@ cdef uint32_t sys_instruction(void *_uc, int _reg, const cp_reg_t *cp, void *use
     cpu.tlbis += 1
     apply_tlbi(cpu.vm, &op, cp.val, &regs, &result)
     pthread_mutex_lock(&cpu.hub.lock)
-    cpu.flush = True                        # whether or not a leaf fell: entries may be of one that went before
+    ask_flush(cpu)                          # whether or not a leaf fell: entries may be of one that went before
     drain(cpu.hub, True)
+    cpu.state = QUIET
     settle(cpu.hub, NULL)
+    wake(cpu)
     pthread_mutex_unlock(&cpu.hub.lock)
     skip_instruction(cpu)
     return 1
@@ -289,6 +300,12 @@ cdef inline bint is_probe(const cpu_t *cpu, uint64_t pc) noexcept nogil:
 
 # --- the shootdown ---
 
+cdef inline void ask_flush(cpu_t *cpu) noexcept nogil:
+    if not cpu.flush:
+        cpu.flush = True
+        cpu.flush_since = cpu.hub.waits
+
+
 cdef void flush_now(cpu_t *cpu) noexcept nogil:
     cpu.api.ctl(cpu.uc, cpu.api.flush_control)
     cpu.flush = False
@@ -310,32 +327,35 @@ cdef void drain(hub_t *hub, bint full) noexcept nogil:
             cpu = hub.first
             while cpu != NULL:
                 if rows[i].op == TLBI_ALL or rows[i].host_vmid == cpu.context + FIRST_CONTEXT_VMID:
-                    cpu.flush = True
+                    ask_flush(cpu)
                 cpu = cpu.next
     cpu = hub.first
     while cpu != NULL and full:
         if cpu.has_mmio or not hub.vm.owed.track:
-            cpu.flush = True
+            ask_flush(cpu)
         cpu = cpu.next
 
 
-cdef bint ask(hub_t *hub, const cpu_t *stopping, bint in_hook) noexcept nogil:
-    """Make the CPUs look up that have a flush to make, and ``stopping``; False if there is none inside any more. Who is
-    in a hook himself does not wait for the end of another one's."""
+cdef bint ask(hub_t *hub, uint64_t wait, const cpu_t *stopping, uint64_t run, bint hooked) noexcept nogil:
+    """Make the CPUs look up that have a flush to make, and ``stopping`` in its ``run``; False if there is nobody left to
+    wait for. Not for a flush asked for after this ``wait`` began, nor for another run: they could go on for ever. Who is in
+    a hook does not wait for another that is in one, nor who is in a device or a hook for their end."""
     cdef cpu_t *cpu = hub.first
-    cdef bint any = False
+    cdef bint any = False, stops
     while cpu != NULL:
-        if cpu.state == INSIDE and (cpu.flush or cpu == stopping):
-            any = True
-            store32(&cpu.attention, 1)
-        elif cpu == stopping and cpu.state == QUIET and not in_hook:
+        stops = cpu == stopping and cpu.active and cpu.runs == run
+        if cpu.state == INSIDE or (cpu.state == HOOKED and not hooked):
+            if (cpu.flush and cpu.flush_since <= wait) or stops:
+                any = True
+                store32(&cpu.attention, 1)
+        elif stops and cpu.state != OUTSIDE and not emulations:
             any = True
         cpu = cpu.next
     return any
 
 
 cdef void wake(cpu_t *cpu) noexcept nogil:
-    """Back from waiting in a hook: what was asked for meanwhile comes before L2 goes on."""
+    """Back from waiting in a TLBI or a device: what was asked for meanwhile comes before L2 goes on."""
     if cpu.flush:
         flush_now(cpu)
         store32(&cpu.attention, 1)          # and the code that it is at is looked up again
@@ -348,12 +368,16 @@ cdef void settle(hub_t *hub, const cpu_t *stopping) noexcept nogil:
     """Until every flush asked for is done, or will be before its CPU runs. The hub's lock is held, and let go of while
     waiting: for a block at first, then for whatever takes longer."""
     cdef int tries = 0
-    cdef cpu_t *own = hub.first
-    while own != NULL and not (own.state == INSIDE and own.thread == this_thread()):
-        own = own.next
-    if own != NULL:
-        own.state = QUIET
-    while ask(hub, stopping, own != NULL):
+    cdef uint64_t wait = hub.waits, run = stopping.runs if stopping != NULL else 0
+    cdef bint hooked = False
+    cdef cpu_t *cpu = hub.first
+    hub.waits += 1
+    while cpu != NULL:
+        if cpu.state == INSIDE and cpu.thread == this_thread():
+            cpu.state = HOOKED
+            hooked = True
+        cpu = cpu.next
+    while ask(hub, wait, stopping, run, hooked):
         pthread_mutex_unlock(&hub.lock)
         if tries < SPINS:
             sched_yield()
@@ -361,8 +385,13 @@ cdef void settle(hub_t *hub, const cpu_t *stopping) noexcept nogil:
             nap()
         tries += 1
         pthread_mutex_lock(&hub.lock)
-    if own != NULL:
-        wake(own)
+    cpu = hub.first
+    while cpu != NULL and hooked:
+        if cpu.state == HOOKED and cpu.thread == this_thread():
+            if cpu.flush or cpu.stop:
+                store32(&cpu.attention, 1)
+            cpu.state = INSIDE
+        cpu = cpu.next
 
 
 cdef int enter(cpu_t *cpu, GuestMemory mem, bint full) noexcept nogil:
@@ -378,7 +407,7 @@ cdef int enter(cpu_t *cpu, GuestMemory mem, bint full) noexcept nogil:
     if mem.refresh(&vcpu.view):
         forget_guest_path(vcpu)
         if cpu.has_mmio:
-            cpu.flush = True
+            ask_flush(cpu)
     drain(cpu.hub, full)
     settle(cpu.hub, NULL)
     if cpu.stop:
@@ -388,7 +417,7 @@ cdef int enter(cpu_t *cpu, GuestMemory mem, bint full) noexcept nogil:
     if vcpu.context != cpu.context or cpu.vm.contexts[vcpu.context].generation != cpu.generation:
         cpu.context = vcpu.context
         cpu.generation = cpu.vm.contexts[vcpu.context].generation
-        cpu.flush = True
+        ask_flush(cpu)
     if cpu.flush:
         flush_now(cpu)
     store32(&cpu.attention, 0)
@@ -559,6 +588,7 @@ cdef class Attachment:
             first = not self.c.active
             if first:
                 self.c.active = True
+                self.c.runs += 1
                 self.c.stop = False
                 self.c.why = 0
             pthread_mutex_unlock(&self.c.hub.lock)
@@ -572,14 +602,17 @@ cdef class Attachment:
             pthread_mutex_unlock(&self.c.hub.lock)
 
     def resume(self, uint64_t pc, uint64_t until, bint synced):
-        """Run until something ends it -> (uc_err, pc, whether it came to ``until``).
+        """Run until something ends it -> (uc_err, pc, whether it came to ``until``, which 0 is not).
 
         ``synced``: since it last ran nobody changed what no row speaks of."""
+        global emulations
         cdef int error = ERR_OK, status
         with nogil:
             status = enter(&self.c, self.mem, not synced)
             if status == ENTERED:
-                error = self.api.emu_start(self.c.uc, pc, until, 0, 0)
+                emulations += 1
+                error = self.api.emu_start(self.c.uc, pc, until if until else <uint64_t>NO_PC, 0, 0)
+                emulations -= 1
                 leave(&self.c)
                 self.api.reg_read(self.c.uc, self.api.reg_pc, &pc)
         if error == ERR_EXCEPTION and is_probe(&self.c, pc):
@@ -590,10 +623,11 @@ cdef class Attachment:
         if status == NOT_LOADED:
             raise RuntimeError("the vCPU has no context: load() it first")
         # the fetch at ``until`` itself may have been refused: it is there all the same
-        return error, pc, pc == until and status == ENTERED and (error == ERR_OK or self.c.refused)
+        return error, pc, until and pc == until and status == ENTERED and (error == ERR_OK or self.c.refused)
 
     def stop(self):
-        """Make it leave, if run() is under way; return when it has, unless called by one of its own hooks."""
+        """Make it leave, if run() is under way; return when it has. Called in a hook or a device it does not wait for its
+        own end, nor for that of another that is in one."""
         with nogil:
             pthread_mutex_lock(&self.c.hub.lock)
             if self.c.active:
@@ -624,8 +658,19 @@ cdef class Attachment:
         """Empty Unicorn's TLB; return when it is, or will be before L2 runs."""
         with nogil:
             pthread_mutex_lock(&self.c.hub.lock)
-            self.c.flush = True
+            ask_flush(&self.c)
             settle(self.c.hub, NULL)
+            pthread_mutex_unlock(&self.c.hub.lock)
+
+    def revoke(self, uint64_t pa):
+        """Let nothing reach the device page at ``pa`` any more, before L2 runs again. For the thread that runs it."""
+        cdef int i
+        for i in range(2):
+            if self.c.grants[i].pa == pa:
+                self.c.grants[i].given = False
+        with nogil:
+            pthread_mutex_lock(&self.c.hub.lock)
+            ask_flush(&self.c)
             pthread_mutex_unlock(&self.c.hub.lock)
 
     def grant(self, uint64_t ipa, uint64_t cipa, uint8_t access, uint64_t pa):

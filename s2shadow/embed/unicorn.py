@@ -57,6 +57,7 @@ FUNCTIONS = ("uc_hook_add", "uc_hook_del", "uc_ctl", "uc_emu_start", "uc_emu_sto
 SCTLR_EL1 = (3, 0, 1, 0, 0)
 SCTLR_M = 1
 DEVICE_WINDOW = 1 << 60     # physical addresses of devices, as Unicorn sees them: beyond every PA of the architecture
+DEVICE_SLOTS = 64           # device pages at a time: what one costs Unicorn grows with how many there are, to 4,096
 EC_INSTRUCTION_ABORT, EC_DATA_ABORT = 0x20, 0x24        # from a lower exception level
 ESR_IL, ISS_WNR = 1 << 25, 1 << 6
 
@@ -177,7 +178,11 @@ class Cpu:
 
     Thread safety: one thread runs; ``sync``, ``stop``, ``unmap`` and ``flush`` may be called by any, by handlers,
     devices and hooks. Who calls them must not hold a lock that a hook of his own on ``uc`` waits for; handlers,
-    ``populate`` and devices may wait for it.
+    ``populate`` and devices may wait for it, but for a lock held over ``stop``, which waits for devices too.
+    Called by a hook of the embedder's on ``uc``, they flush that CPU before its next block: what is left of this one,
+    and the access that a hook of accesses is about, still go by what its TLB had.
+
+    A hook that refers to the ``Cpu`` keeps it, and the VM, until ``detach``.
     """
 
     def __init__(
@@ -194,7 +199,8 @@ class Cpu:
         self.on_l1_fault = on_l1_fault
         self.device = device
         self._page = page
-        self._device_pages: set[int] = set()
+        self._device_pages: list[int] = []      # by slot
+        self._oldest_slot = 0
         self._device_error: BaseException | None = None
         self._mapped: list[tuple[int, int]] = []
         self._buffers: list[Any] = []
@@ -270,28 +276,41 @@ class Cpu:
                 return Exit.HALTED
 
     def _serve(self, ipa: int, access: int, pc: int) -> bool:
-        """Answer an access that the native fill could not; False where L1 ran, and may have done TLBIs."""
+        """Answer an access that the native fill could not; False where the embedder's code ran, and may have changed
+        what no row that is owed speaks of."""
+        synced = not callable(self.vm.host.populate)
         fault = self.vcpu.fault(ipa, access)        # asks populate; MemoryError where there is no room
         if fault.kind in (Kind.HIT, Kind.MAPPED):
-            return True
+            return synced
         if fault.kind == Kind.RETRY:
             time.sleep(0)
-            return True
+            return synced
         abort = Abort(fault, Access(access), pc)
         if fault.kind == Kind.L1_FAULT and self.on_l1_fault is not None and self.on_l1_fault(abort):
             return False
         if fault.kind == Kind.MMIO and self.device is not None and not access & Access.EXEC:
             self._let_at_device(fault, access)
-            return True
+            return synced
         raise UnhandledFault(abort)
 
     def _let_at_device(self, fault: Fault, access: int) -> None:
         page = fault.cipa & -self._page
-        if page not in self._device_pages:
-            self.uc.mmio_map(DEVICE_WINDOW + page, self._page, *_device_hooks(weakref.ref(self), page))
-            self._device_pages.add(page)
-            self._mapped.append((DEVICE_WINDOW + page, self._page))
-        self._native.grant(fault.ipa, fault.cipa, access, DEVICE_WINDOW + page)
+        if page in self._device_pages:
+            slot = self._device_pages.index(page)
+        elif len(self._device_pages) < DEVICE_SLOTS:
+            slot = len(self._device_pages)
+            self.uc.mmio_map(self._slot_address(slot), self._page, *_device_hooks(weakref.ref(self), slot))
+            self._mapped.append((self._slot_address(slot), self._page))
+            self._device_pages.append(page)
+        else:
+            slot = self._oldest_slot
+            self._oldest_slot = (slot + 1) % DEVICE_SLOTS
+            self._native.revoke(self._slot_address(slot))
+            self._device_pages[slot] = page
+        self._native.grant(fault.ipa, fault.cipa, access, self._slot_address(slot))
+
+    def _slot_address(self, slot: int) -> int:
+        return DEVICE_WINDOW + slot * self._page
 
     def _check_regime(self) -> None:
         uc: Any = self.uc       # Uc() makes an arm64 one, whose methods mypy does not see
@@ -301,9 +320,10 @@ class Cpu:
             raise NotImplementedError("L2's stage 1 is on (SCTLR_EL1.M), which this adapter does not walk")
 
     def stop(self) -> None:
-        """End ``run``, which returns ``Exit.STOPPED``; wait until L2 is out, except in a hook.
+        """End ``run``, which returns ``Exit.STOPPED``; wait until L2 is out, and its device if it is in one.
 
-        Nothing happens where it does not run.
+        In a hook or a device it waits for neither. Nothing happens where it does not run; a ``run`` that begins
+        meanwhile is not waited for.
         """
         self._native.stop()
 
@@ -358,17 +378,20 @@ def _detach(native: Attachment, mapped: list[tuple[int, int]]) -> None:
     mapped.clear()
 
 
-def _device_hooks(owner: "weakref.ref[Cpu]", page: int) -> tuple[Any, ...]:
-    """Arguments of ``mmio_map`` for a device page. Unicorn keeps them: they must not keep the ``Cpu``."""
+def _device_hooks(owner: "weakref.ref[Cpu]", slot: int) -> tuple[Any, ...]:
+    """Arguments of ``mmio_map`` for a slot of device pages. Unicorn keeps them: they must not keep the ``Cpu``."""
 
     def call(offset: int, size: int, value: int | None) -> int:
         cpu = owner()
-        assert cpu is not None and cpu.device is not None
+        assert cpu is not None
+        cipa = cpu._device_pages[slot] + offset
         cpu._native.quiet()
         try:
-            answer = cpu.device(page + offset, size, value)
+            if cpu.device is None:
+                raise RuntimeError(f"device was set to None, and L2 is at {cipa:#x}")
+            answer = cpu.device(cipa, size, value)
             if value is None and answer is None:
-                raise TypeError(f"device returned None for a read at {page + offset:#x}")
+                raise TypeError(f"device returned None for a read at {cipa:#x}")
             return operator.index(answer or 0) & (1 << 8 * size) - 1
         except BaseException as error:
             cpu._device_error = cpu._device_error or error      # it comes out of run(): through Unicorn it would not
