@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("stdout is closed")
     try:
         replace_closed()
-        return dispatch(sys.argv[1:] if argv is None else list(argv))
+        return dispatch(sys.argv[1:] if argv is None else check_arguments(argv))
     except UsageError as error:
         return complain(str(error))
     except BrokenPipeError:
@@ -60,6 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(f"out of memory: {error}" if str(error) else "out of memory")
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+
+
+def check_arguments(argv: Sequence[str]) -> list[str]:
+    """Of a caller in Python: what no system could have passed is no name of a file either."""
+    for argument in argv:
+        try:
+            if b"\0" not in os.fsencode(argument):
+                continue
+        except UnicodeEncodeError:
+            pass
+        raise UsageError(f"{argument!r} is no argument that a system could pass")
+    return list(argv)
 
 
 def replace_closed() -> None:

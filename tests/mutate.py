@@ -198,7 +198,6 @@ def mutate_arguments(argv, rng):
                 "utf-8", "surrogateescape")
         else:
             argv[at] = mutate_bytes(argv[at].encode("utf-8", "surrogatepass"), rng).decode("utf-8", "surrogateescape")
-        argv[at:at + 1] = [argument.replace("\0", "") for argument in argv[at:at + 1]]      # no caller can pass one
     return argv
 
 

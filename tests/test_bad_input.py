@@ -292,6 +292,8 @@ def test_names_that_would_steer_a_terminal(run):
         ("events must be at most 1,000,000,000, got 99,999,999,999", ("storm", "--synthetic", "--events", 99999999999)),
         ("OP must be a name or an instruction word of 32 bits, got -1", ("tlbi", "--", "-1")),
         ("-o needs the name of a folder", ("dump", PLAIN, "-o", "")),
+        (r"'\ud800' is no argument that a system could pass", ("tlbi", "VAE2IS", 1, "--csv", "\ud800")),
+        (r"'a\x00b' is no argument that a system could pass", ("dump", PLAIN, "-o", "a\0b")),
     ],
 )
 def test_names_what_is_wrong(refused, message, argv):
