@@ -354,6 +354,7 @@ cdef class GuestMemory:
         ``pages`` stays as it is and where it is while this memory lives."""
         cdef uint32_t i, count = <uint32_t>addresses.shape[0]
         cdef region_map_t *map
+        cdef _RetiredMap old = _RetiredMap.__new__(_RetiredMap)
         held = _BufferBacking(pages, True)
         owners = [held] * count
         map = new_map(count)
@@ -364,7 +365,7 @@ cdef class GuestMemory:
             map.regions[i].size = pages.shape[1]
             map.regions[i].host = <uint8_t *>&pages[i, 0]
             map.regions[i].readonly = 1
-        self.publish(map, owners, _RetiredMap.__new__(_RetiredMap))
+        self.publish(map, owners, old)
         return 0
 
     def remove(self, cipa):

@@ -616,6 +616,25 @@ def test_a_slot_of_device_pages_is_another_page_now(machine):
     assert seen == [(nowhere, None)]
 
 
+@pytest.mark.parametrize("word", [0xA9400801, 0xA9000801, 0xB9400001])  # ldp, stp x1, x2, [x0]; ldr w1, [x0]
+@pytest.mark.parametrize("asked", [False, True])
+def test_one_access_to_two_device_pages(machine, word, asked):
+    """Both are granted at once, also where a flush comes before each of the two answers."""
+    seen, nowhere = [], 8 << 30
+    machine.cpu.device = lambda cipa, size, value: seen.append(cipa) or 0x55
+    if asked:
+        machine.vm.host.populate = lambda cipa, access: s2.HostMapping((cipa & -PAGE) + OFFSET, PAGE)
+    for page in range(2):
+        machine.tables.map(HERE + page * PAGE, nowhere + page * PAGE)
+    end = machine.program(word)
+    machine.set(x0=HERE + PAGE - (2 if word == 0xB9400001 else 8), x1=1, x2=2)
+    exits = []
+    thread = threading.Thread(target=lambda: exits.append(machine.cpu.run(CODE, end)), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert exits == [Exit.DONE] and {cipa & -PAGE for cipa in seen} == {nowhere, nowhere + PAGE}
+
+
 def test_a_device_that_is_taken_away(machine):
     machine.cpu.device = lambda cipa, size, value: 0x55
     machine.tables.map(HERE, DEVICE)
@@ -739,6 +758,16 @@ def test_a_run_without_an_end_does_not_end_at_0(machine):
     machine.program(0xD61F0000)  # br x0
     machine.set(x0=0, x3=0)
     assert machine.cpu.run(CODE) == Exit.HALTED and machine.x(3) == 1
+
+
+@pytest.mark.parametrize("until", [0, CODE + 0x100])
+def test_an_address_where_no_instruction_is(machine, until):
+    machine.program(0xD61F0000)  # br x0
+    machine.set(x0=1)
+    machine.tables.map(0, DATA)
+    for _ in range(2):
+        with pytest.raises(UcError):
+            machine.cpu.run(CODE, until)
 
 
 def test_stop_from_a_handler_and_from_a_hook(machine):
@@ -952,6 +981,14 @@ def test_arguments_are_checked(machine):
         machine.cpu.map_ram(POOL, bytes(PAGE))
     with pytest.raises(UcError, match="UC_ERR_MAP"):
         machine.cpu.map_ram(POOL, bytearray(PAGE))
+
+
+def test_one_unicorn_has_one_cpu(machine):
+    """It has one TLB: two would each keep a part of it in step."""
+    with pytest.raises(ValueError, match="attached already"):
+        embed.attach(machine.uc, machine.vm)
+    machine.cpu.detach()
+    machine.cpu = embed.attach(machine.uc, machine.vm)
 
 
 def test_detach_leaves_unicorn_as_it_was(machine):

@@ -85,7 +85,7 @@ cdef enum:
     MEM_READ = 16               # uc_mem_type
     MEM_WRITE = 17
     PROT_ALL = 7
-    NO_PC = 1                   # instructions are aligned
+    NO_PC = 1                   # no instruction is there
 
 cdef enum:
     OUTSIDE                     # runs nothing of L2; flushes before it does
@@ -160,7 +160,8 @@ cdef struct cpu_t:
     uint8_t refused
     uint8_t refused_access
     uint64_t refused_ipa
-    grant_t grants[2]           # device pages that L2 was last let at, to read and to write
+    grant_t grants[2][2]        # device pages that L2 was last let at, to read and to write: two that one access may be over
+    uint8_t older_grant[2]
     tlbi_regs_t regs            # under which the program's TLBIs act
     uint8_t has_regs
     uint64_t fills
@@ -181,6 +182,15 @@ cdef inline uint8_t fetch_access(cpu_t *cpu) noexcept nogil:
     return ACCESS_EXEC if pstate & 0xC else ACCESS_EXEC | ACCESS_EL0
 
 
+cdef inline grant_t *grant_of(cpu_t *cpu, uint64_t ipa, uint8_t access) noexcept nogil:
+    cdef grant_t *grants = cpu.grants[access == ACCESS_WRITE]
+    if grants[0].given and grants[0].ipa == ipa:
+        return &grants[0]
+    if grants[1].given and grants[1].ipa == ipa:
+        return &grants[1]
+    return NULL
+
+
 cdef c_bool fill_tlb(void *_uc, uint64_t vaddr, int kind, entry_t *entry, void *user) noexcept nogil:
     """UC_HOOK_TLB_FILL: ask the engine. What it cannot serve ends the run, once; Unicorn asks for the page before
     ``until`` on the way out."""
@@ -195,8 +205,8 @@ cdef c_bool fill_tlb(void *_uc, uint64_t vaddr, int kind, entry_t *entry, void *
         return False
     access = ACCESS_READ if kind == MEM_READ else ACCESS_WRITE if kind == MEM_WRITE else fetch_access(cpu)
     cpu.fills += 1
-    grant = &cpu.grants[access == ACCESS_WRITE]
-    if grant.given and vaddr == grant.ipa:
+    grant = NULL if access & ACCESS_EXEC else grant_of(cpu, vaddr, access)
+    if grant != NULL:
         cpu.has_mmio = True     # before the engine is asked: who changes the answer after it was given finds this set
     for _try in range(RETRIES):
         at = 0
@@ -212,8 +222,7 @@ cdef c_bool fill_tlb(void *_uc, uint64_t vaddr, int kind, entry_t *entry, void *
         return True
     if step == STEP_DONE:
         cpu.vcpu.kinds[row.kind] -= 1       # counted where it is answered: by VCPU.fault, which is asked next
-        if (row.kind == KIND_MMIO and grant.given and vaddr == grant.ipa and row.cipa == grant.cipa
-                and not access & ACCESS_EXEC):
+        if row.kind == KIND_MMIO and grant != NULL and row.cipa == grant.cipa:
             entry.paddr = grant.pa
             entry.perms = access
             return True
@@ -435,6 +444,9 @@ cdef void leave(cpu_t *cpu) noexcept nogil:
     store32(&cpu.vcpu.busy, 0)
 
 
+cdef set _attached = set()                  # handles of Unicorn instances
+
+
 @cython.no_gc_clear
 cdef class Hub:
     """What the CPUs of one ``NestedVM`` share."""
@@ -482,6 +494,8 @@ cdef class Attachment:
         cdef int error
         if self.attached:
             raise RuntimeError("attached already")
+        if handle in _attached:             # one TLB, and two that would each keep a part of it in step
+            raise ValueError("uc is attached already: detach that Cpu first")
         if vcpu >= hub.c.vm.vcpu_count:
             raise ValueError(f"no vCPU {vcpu}")
         self.hub = hub
@@ -514,6 +528,7 @@ cdef class Attachment:
         self.c.traps = traps
         self.c.xnx = hub.c.vm.features.xnx
         self.c.flush = True
+        _attached.add(handle)
         self.attached = True
         error = self.api.hook_add(self.c.uc, &self.hooks[0], self.api.hook_tlb_fill, <void *>fill_tlb, &self.c, 1, 0)
         if error == ERR_OK:
@@ -555,6 +570,7 @@ cdef class Attachment:
         while self.hook_count:
             self.hook_count -= 1
             self.api.hook_del(self.c.uc, self.hooks[self.hook_count])
+        _attached.discard(<uintptr_t>self.c.uc)
         self.attached = False
 
     def detach(self):
@@ -618,6 +634,8 @@ cdef class Attachment:
         if error == ERR_EXCEPTION and is_probe(&self.c, pc):
             self.c.refused = False
             error = ERR_OK
+        if error == ERR_OK and status == ENTERED and not until and pc == NO_PC and not self.c.stop:
+            error = ERR_EXCEPTION           # L2 has gone there: for Unicorn the end, for L2 an alignment fault
         if status == BUSY:
             raise RuntimeError("the vCPU is in use by another thread")
         if status == NOT_LOADED:
@@ -665,9 +683,9 @@ cdef class Attachment:
     def revoke(self, uint64_t pa):
         """Let nothing reach the device page at ``pa`` any more, before L2 runs again. For the thread that runs it."""
         cdef int i
-        for i in range(2):
-            if self.c.grants[i].pa == pa:
-                self.c.grants[i].given = False
+        for i in range(4):
+            if self.c.grants[i >> 1][i & 1].pa == pa:
+                self.c.grants[i >> 1][i & 1].given = False
         with nogil:
             pthread_mutex_lock(&self.c.hub.lock)
             ask_flush(&self.c)
@@ -675,7 +693,9 @@ cdef class Attachment:
 
     def grant(self, uint64_t ipa, uint64_t cipa, uint8_t access, uint64_t pa):
         """Let reads or writes of the page ``ipa`` reach ``pa`` as long as it leads to the device page ``cipa``."""
-        cdef grant_t *grant = &self.c.grants[access == ACCESS_WRITE]
+        cdef int write = access == ACCESS_WRITE
+        cdef grant_t *grant = &self.c.grants[write][self.c.older_grant[write]]
+        self.c.older_grant[write] ^= 1
         grant.ipa = ipa
         grant.cipa = cipa
         grant.pa = pa

@@ -57,6 +57,7 @@ FUNCTIONS = ("uc_hook_add", "uc_hook_del", "uc_ctl", "uc_emu_start", "uc_emu_sto
 SCTLR_EL1 = (3, 0, 1, 0, 0)
 SCTLR_M = 1
 DEVICE_WINDOW = 1 << 60     # physical addresses of devices, as Unicorn sees them: beyond every PA of the architecture
+NO_PAGE = -1
 DEVICE_SLOTS = 64           # device pages at a time: what one costs Unicorn grows with how many there are, to 4,096
 EC_INSTRUCTION_ABORT, EC_DATA_ABORT = 0x20, 0x24        # from a lower exception level
 ESR_IL, ISS_WNR = 1 << 25, 1 << 6
@@ -129,16 +130,14 @@ class UnhandledFault(RuntimeError):
         self.abort = abort
 
 
-_hubs_lock = threading.Lock()
+_hubs_lock = threading.RLock()      # a finalizer that runs amid may attach too
 _hubs: "weakref.WeakValueDictionary[int, Hub]" = weakref.WeakValueDictionary()
 
 
 def _hub(vm: NestedVM) -> Hub:
     with _hubs_lock:                # two hubs of one VM would each flush a part of its CPUs
-        hub = _hubs.get(id(vm))     # it holds the VM, so that the number stands for no other
-        if hub is None:
-            hub = _hubs[id(vm)] = Hub(vm)
-        return hub
+        hub = Hub(vm)
+        return _hubs.setdefault(id(vm), hub)    # it holds the VM, so that the number stands for no other
 
 
 def sync(vm: NestedVM) -> None:
@@ -168,7 +167,7 @@ def attach(
     for what is read.
     ``traps``: TLBIs of L1's that the program executes act on the engine; without it they are undefined.
 
-    ``ValueError`` where ``uc`` is no little-endian arm64 one or its pages are larger than the host's.
+    ``ValueError`` where ``uc`` is no little-endian arm64 one, is attached already, or has pages larger than the host's.
     """
     return Cpu(uc, vm, vcpu, on_l1_fault, device, traps)
 
@@ -179,8 +178,9 @@ class Cpu:
     Thread safety: one thread runs; ``sync``, ``stop``, ``unmap`` and ``flush`` may be called by any, by handlers,
     devices and hooks. Who calls them must not hold a lock that a hook of his own on ``uc`` waits for; handlers,
     ``populate`` and devices may wait for it, but for a lock held over ``stop``, which waits for devices too.
-    Called by a hook of the embedder's on ``uc``, they flush that CPU before its next block: what is left of this one,
-    and the access that a hook of accesses is about, still go by what its TLB had.
+    Called by a hook of the embedder's on ``uc``, they flush that CPU before its next block, and do not wait for another
+    whose hook is in such a call too: what is left of the block, and the access that a hook of accesses is about, still
+    go by what the TLB had. Before a page is used for something else it takes a ``sync`` from outside of hooks.
 
     A hook that refers to the ``Cpu`` keeps it, and the VM, until ``detach``.
     """
@@ -299,9 +299,10 @@ class Cpu:
             slot = self._device_pages.index(page)
         elif len(self._device_pages) < DEVICE_SLOTS:
             slot = len(self._device_pages)
+            self._device_pages.append(NO_PAGE)      # used up, whatever interrupts what follows
             self.uc.mmio_map(self._slot_address(slot), self._page, *_device_hooks(weakref.ref(self), slot))
             self._mapped.append((self._slot_address(slot), self._page))
-            self._device_pages.append(page)
+            self._device_pages[slot] = page
         else:
             slot = self._oldest_slot
             self._oldest_slot = (slot + 1) % DEVICE_SLOTS
