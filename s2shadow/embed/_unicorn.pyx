@@ -346,9 +346,9 @@ cdef void drain(hub_t *hub, bint full) noexcept nogil:
 
 
 cdef bint ask(hub_t *hub, uint64_t wait, const cpu_t *stopping, uint64_t run, bint hooked) noexcept nogil:
-    """Make the CPUs look up that have a flush to make, and ``stopping`` in its ``run``; False if there is nobody left to
-    wait for. Not for a flush asked for after this ``wait`` began, nor for another run: they could go on for ever. Who is
-    in a hook does not wait for another that is in one, nor who is in a device or a hook for their end."""
+    """Make the CPUs look up that have a flush to make, and ``stopping`` in its ``run``; False if nobody is left to wait
+    for. Not for a flush asked for after this ``wait`` began, nor for another run: they could go on for ever. Who is in a
+    hook does not wait for another that is in one, nor who is in a device or a hook for their end."""
     cdef cpu_t *cpu = hub.first
     cdef bint any = False, stops
     while cpu != NULL:
