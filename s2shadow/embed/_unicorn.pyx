@@ -160,7 +160,7 @@ cdef struct cpu_t:
     uint8_t refused
     uint8_t refused_access
     uint64_t refused_ipa
-    grant_t grants[2][2]        # device pages that L2 was last let at, to read and to write: two that one access may be over
+    grant_t grants[2][2]        # device pages that L2 was let at, to read and to write: two that one access may be over
     uint8_t older_grant[2]
     tlbi_regs_t regs            # under which the program's TLBIs act
     uint8_t has_regs
@@ -347,8 +347,8 @@ cdef void drain(hub_t *hub, bint full) noexcept nogil:
 
 cdef bint ask(hub_t *hub, uint64_t wait, const cpu_t *stopping, uint64_t run, bint hooked) noexcept nogil:
     """Make the CPUs look up that have a flush to make, and ``stopping`` in its ``run``; False if nobody is left to wait
-    for. Not for a flush asked for after this ``wait`` began, nor for another run: they could go on for ever. Who is in a
-    hook does not wait for another that is in one, nor who is in a device or a hook for their end."""
+    for. Not for a flush asked for after this ``wait`` began, nor for another run: they could go on for ever. Who is in
+    a hook does not wait for another that is in one, nor who is in a device or a hook for their end."""
     cdef cpu_t *cpu = hub.first
     cdef bint any = False, stops
     while cpu != NULL:
