@@ -234,8 +234,8 @@ cdef class GuestMemory:
             raise MemoryError("region list")
         self.owners = []
         self.retired = []
-        # Wherever Python makes an object, and wherever one goes, a finalizer may run that wants this memory: by this thread
-        # again, and not while others wait. So changes are of one piece, after all is made, and what goes does so outside.
+        # Wherever Python makes an object, and wherever one goes, a finalizer may run that wants this memory, in this
+        # thread. So a change is one piece, after all is made that it needs, and what goes does so without the lock.
         self.lock = threading.RLock()
 
     def __dealloc__(self):

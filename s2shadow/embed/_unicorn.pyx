@@ -3,10 +3,10 @@
 A ``Hub`` is what the CPUs of one ``NestedVM`` share. Unicorn's TLB belongs to one instance and can only be flushed by
 the thread that runs it. So a flush is asked for (``cpu.flush``, ``cpu.attention``), and done by the CPU's own thread in
 a hook that comes before every translated block, or before it enters Unicorn. Who asked waits until no CPU is ``INSIDE``
-with a flush to make. A CPU whose thread waits in a TLBI or a device is ``QUIET``: it runs nothing, and flushes before it
-does. One whose thread waits in a hook of the embedder's is ``HOOKED``: it may be amid a store, for which Unicorn has looked
-its entry up already and would use what a flush leaves of it, so that it flushes before its next block. Others wait for
-that; who is in such a hook himself does not.
+with a flush to make. A CPU whose thread waits in a TLBI or a device is ``QUIET``: it runs nothing, and flushes before
+it does. One whose thread waits in a hook of the embedder's is ``HOOKED``: it may be amid a store, for which Unicorn has
+looked its entry up already and would use what a flush leaves of it, so that it flushes before its next block. Others
+wait for that; who is in such a hook himself does not.
 
 No thread calls into a Unicorn that another one runs: not even ``uc_emu_stop``, which is lost where it comes while
 emulation starts or restarts, and would cost the CPU its way out and in.
