@@ -1,6 +1,6 @@
 """What an L1 that means harm can make L0 spend: time for each fault all along, bytes, and how long others wait.
 
-    python bench/attacks.py --markdown bench/results/attacks.md     # ten minutes, 1 GiB of memory
+    python bench/attacks.py --markdown bench/results/attacks.md     # half a minute, 1 GiB of memory
     python bench/attacks.py --small                                 # seconds
 
 L1's tables here are five pages: each entry of a level points to the one table below, and each entry of the last to one
