@@ -397,6 +397,7 @@ def test_a_finalizer_may_change_the_memory_amid_a_change():
     """Python collects garbage where the list of owners is made: what a finalizer adds is not lost, nor overlapped."""
     run_alone("""
         import gc
+        import sys
         import s2shadow
         mem = s2shadow.GuestMemory()
         added, refused = set(), 0
@@ -419,7 +420,8 @@ def test_a_finalizer_may_change_the_memory_amid_a_change():
                 assert "overlaps" in str(error)
                 refused += 1
         gc.set_threshold(0)
-        assert sorted(added) == [region.start for region in mem.regions] and refused
+        assert sorted(added) == [region.start for region in mem.regions]
+        assert refused or sys.version_info >= (3, 12)       # from then on it is collected between bytecodes alone
         for start in added:
             mem.write64(start, start)
         assert all(mem.read64(start) == start for start in added)

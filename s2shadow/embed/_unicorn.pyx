@@ -437,6 +437,28 @@ cdef int enter(cpu_t *cpu, GuestMemory mem, bint full) noexcept nogil:
     return ENTERED
 
 
+cdef int emulate(cpu_t *cpu, uint64_t pc, uint64_t until) noexcept nogil:
+    global emulations
+    cdef int error
+    emulations += 1
+    error = cpu.api.emu_start(cpu.uc, pc, until if until else <uint64_t>NO_PC, 0, 0)
+    emulations -= 1
+    return error
+
+
+cdef bint begin_run(cpu_t *cpu) noexcept nogil:
+    cdef bint first
+    pthread_mutex_lock(&cpu.hub.lock)
+    first = not cpu.active
+    if first:
+        cpu.active = True
+        cpu.runs += 1
+        cpu.stop = False
+        cpu.why = 0
+    pthread_mutex_unlock(&cpu.hub.lock)
+    return first
+
+
 cdef void leave(cpu_t *cpu) noexcept nogil:
     pthread_mutex_lock(&cpu.hub.lock)
     cpu.state = OUTSIDE
@@ -600,14 +622,7 @@ cdef class Attachment:
         cdef bint first
         self.check()
         with nogil:
-            pthread_mutex_lock(&self.c.hub.lock)
-            first = not self.c.active
-            if first:
-                self.c.active = True
-                self.c.runs += 1
-                self.c.stop = False
-                self.c.why = 0
-            pthread_mutex_unlock(&self.c.hub.lock)
+            first = begin_run(&self.c)
         return first
 
     def end(self):
@@ -621,14 +636,11 @@ cdef class Attachment:
         """Run until something ends it -> (uc_err, pc, whether it came to ``until``, which 0 is not).
 
         ``synced``: since it last ran nobody changed what no row speaks of."""
-        global emulations
         cdef int error = ERR_OK, status
         with nogil:
             status = enter(&self.c, self.mem, not synced)
             if status == ENTERED:
-                emulations += 1
-                error = self.api.emu_start(self.c.uc, pc, until if until else <uint64_t>NO_PC, 0, 0)
-                emulations -= 1
+                error = emulate(&self.c, pc, until)
                 leave(&self.c)
                 self.api.reg_read(self.c.uc, self.api.reg_pc, &pc)
         if error == ERR_EXCEPTION and is_probe(&self.c, pc):
