@@ -11,7 +11,6 @@ or bytes grow while it goes on. (The first tenth touches memory that the system 
 
 import argparse
 import datetime
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import s2shadow as s2
 from beside import beside
 from nest import HCR, VTCR
-from report import commit
+from report import machine
 from s2shadow._floor import pauses
 
 PAGE, BLOCK, GIB = 4 << 10, 2 << 20, 1 << 30
@@ -322,9 +321,10 @@ def took(row):
 
 
 def markdown(rows, events, tlbis):
-    machine = f"{processor()}, Python {platform.python_version()}"
+    found = machine()
+    where = f"{found['cpu']}, {found['cores']} CPUs, Python {found['python']}, commit {found['commit']}"
     yield "# Attacks on resources\n"
-    yield f"Measured {datetime.date.today():%d %B %Y} on {machine}, commit {commit()}, by"
+    yield f"Measured {datetime.date.today():%d %B %Y} on {where}, by"
     yield f"\n    {COMMAND}\n\n`bench/attacks.py` says what each does. {ATTACKS_TEXT}"
     for row in rows:
         times = " | ".join(f"{row[name]:,.0f}" for name in ("first", "middle", "last"))
@@ -339,15 +339,6 @@ def markdown(rows, events, tlbis):
     yield f"\n{TLBIS_TEXT}"
     for row in tlbis:
         yield took(row)
-
-
-def processor():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {len(names)} CPUs"
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
 
 
 def main(argv=None):

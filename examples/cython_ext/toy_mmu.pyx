@@ -67,9 +67,9 @@ cdef class ToyMmu:
         """The sum of ``n`` 64-bit words from ``ipa`` on, as L2 reads them, faulting as it goes."""
         cdef uint64_t word = 0, total = 0, i
         cdef s2s_fault_t fault
+        cdef int status = S2S_OK
         if ipa % 8:
             raise ValueError(f"{ipa:#x} is not 8-byte aligned: a word of it may lie in two pages")
-        cdef int status = S2S_OK
         fault.kind = S2S_HIT
         with nogil:
             for i in range(n):
